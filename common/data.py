@@ -1,0 +1,426 @@
+"""Rows in, batches out: load, check, format, tokenise, collate.
+
+The conventions (docs/data.md tells them to users): text to tokens is the tokenizer's own reading of `prompt + completion` with nothing put
+between; the prompt's tokens are the same in all answers of a row; one EOS ends an answer that was not cut; a row whose value cannot be
+used is dropped and counted; a file that cannot be read stops the run with file, line and field.
+"""
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import random
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+MASKED = -1e9  # added to attention scores; finite, so that a row of padding gives no nan, and its exponential is exactly 0
+
+
+class InputError(SystemExit):
+    """Bad input: one sentence for the user. Uncaught, Python prints it and exits with status 1."""
+
+
+# ---------------------------------------------------------------------------------------------------------------- reading
+
+
+def read_rows(source: str) -> list[tuple[str, dict]]:
+    """Rows of a local file as (where, row), `where` naming file and line for messages.
+
+    Formats by ending: .jsonl, .json (a list of objects, or lines), .csv, .parquet, each also with .gz. Values keep the types they have in
+    the file. Raises InputError for a missing, empty or unreadable file, naming the line.
+    """
+    path = Path(source)
+    if not path.is_file():
+        raise InputError(f"{source}: no such file.")
+    kind = path.suffixes[-2] if path.suffix == ".gz" and len(path.suffixes) > 1 else path.suffix
+    if kind not in {".jsonl", ".json", ".csv", ".parquet"}:
+        raise InputError(f"{source}: unknown kind of file; expected .jsonl, .json, .csv or .parquet, each also with .gz.")
+    try:
+        content = path.read_bytes()
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
+    except (OSError, EOFError) as error:
+        raise InputError(f"{source}: cannot be read ({error}).") from None
+    if kind == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            rows = pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist()
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            raise InputError(f"{source}: not a readable parquet file ({str(error).splitlines()[0]}).") from None
+        found = [(f"{source}, row {i}", row) for i, row in enumerate(rows, 1)]
+    else:
+        try:
+            text = content.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            line = content[: error.start].count(b"\n") + 1
+            raise InputError(f"{source}, line {line}: not UTF-8 text (byte {error.start} of the file).") from None
+        if kind == ".csv":
+            reader = csv.DictReader(io.StringIO(text, newline=""))
+            found = [(f"{source}, line {reader.line_num}", row) for row in reader]
+        elif kind == ".json" and text.lstrip().startswith("["):
+            try:
+                rows = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise InputError(f"{source}, line {error.lineno}: not valid JSON ({error.msg}).") from None
+            found = [(f"{source}, row {i}", row) for i, row in enumerate(rows, 1)]
+        else:
+            found = [(f"{source}, line {i}", parse_line(source, i, line)) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not found:
+        raise InputError(f"{source}: the file has no rows.")
+    for where, row in found:
+        if not isinstance(row, dict):
+            raise InputError(f"{where}: expected an object with named fields, found {type(row).__name__}.")
+    return found
+
+
+def parse_line(source: str, number: int, line: str) -> object:
+    """One line of a JSON-lines file; InputError names file and line."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{source}, line {number}: not valid JSON ({error.msg} at character {error.pos + 1}).") from None
+
+
+def read_hub(name: str) -> dict[str, list[tuple[str, dict]]]:
+    """Splits of a data set of the hub, `name` or `name:subset` (a configuration or a data folder), as {"train": rows, "test": rows or absent}."""
+    import datasets
+
+    from common.runtime import quietly_checked
+
+    name, _, subset = name.partition(":")
+    quietly_checked(name, "dataset")
+    datasets.disable_progress_bars()
+    try:
+        try:
+            loaded = datasets.load_dataset(name, subset or None)
+        except ValueError:
+            if not subset:
+                raise
+            loaded = datasets.load_dataset(name, data_dir=subset)
+    except Exception as error:
+        raise InputError(f"--data {name}: the data set cannot be loaded ({str(error).splitlines()[0]}).") from None
+    names = {"train": "train", "test": next((s for s in ("test", "validation") if s in loaded), None)}
+    if "train" not in loaded:
+        raise InputError(f"--data {name}: no train split (found {', '.join(loaded)}).")
+    return {k: [(f"{name}, {v} row {i}", row) for i, row in enumerate(loaded[v], 1)] for k, v in names.items() if v}
+
+
+# ------------------------------------------------------------------------------------------------------- rows to text
+
+
+def is_messages(value: object) -> bool:
+    """A chat: a non-empty list of {"role": str, "content": str}."""
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value)
+    )
+
+
+def common_prefix(a, b) -> int:
+    """Length of the longest common prefix of two sequences."""
+    n = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    return n
+
+
+def split_implicit_prompt(chosen: str, rejected: str) -> tuple[str, str, str]:
+    """(prompt, chosen, rejected) of two whole texts: cut after the last common "\\n\\nAssistant:", else before the last whitespace ahead of
+    the first difference, so that no word is cut and the whitespace belongs to the completions. The prompt may come out empty.
+    """
+    same = common_prefix(chosen, rejected)
+    marker = "\n\nAssistant:"
+    turn = chosen.rfind(marker, 0, same)
+    if turn >= 0:
+        cut = turn + len(marker)
+    else:
+        cut = next((i for i in range(same - 1, 0, -1) if chosen[i].isspace()), 0)
+    return chosen[:cut], chosen[cut:], rejected[cut:]
+
+
+def pair_of_row(where: str, row: dict) -> tuple[tuple | None, str | None]:
+    """((prompt, chosen, rejected), None), each a string or a list of messages, or (None, reason) for a row to drop.
+
+    Raises InputError where a column is missing. Without `prompt` the prompt is implicit: what both answers begin with.
+    """
+    for field in ("chosen", "rejected"):
+        if field not in row:
+            raise InputError(
+                f'{where}: no field "{field}"; expected chosen and rejected, and prompt unless it is part of both (found {", ".join(map(str, row)) or "none"}).'
+            )
+    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    if is_messages(chosen) and is_messages(rejected):
+        if is_messages(prompt):
+            n = len(prompt) if chosen[: len(prompt)] == prompt and rejected[: len(prompt)] == prompt else 0
+            chosen, rejected = chosen[n:], rejected[n:]
+        else:  # a string beside whole dialogues repeats the first question (UltraFeedback): the messages themselves decide
+            n = min(common_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
+            if n <= 0 and isinstance(prompt, str) and prompt.strip():
+                prompt = [{"role": "user", "content": prompt}]
+            else:
+                prompt, chosen, rejected = chosen[:n], chosen[n:], rejected[n:]
+        if not prompt:
+            return None, "no common prompt"
+        if not chosen or not rejected or not all(m["content"].strip() for m in (*chosen, *rejected)):
+            return None, "an answer is empty"
+    else:
+        if not isinstance(chosen, str) or not isinstance(rejected, str) or ("prompt" in row and not isinstance(prompt, str)):
+            return None, "a field is neither text nor chat messages"
+        if not chosen.strip() or not rejected.strip():
+            return None, "an answer is empty"
+        if "prompt" not in row:
+            prompt, chosen, rejected = split_implicit_prompt(chosen, rejected)
+            if chosen != rejected and not prompt.strip():
+                return None, "no common prompt"
+            if chosen != rejected and not (chosen.strip() and rejected.strip()):
+                return None, "an answer is empty"
+        elif not prompt.strip():
+            return None, "the prompt is empty"
+    if chosen == rejected:
+        return None, "both answers are identical"
+    return (prompt, chosen, rejected), None
+
+
+def split_by_prompt(rows: list[tuple], share: float, seed: int) -> tuple[list, list]:
+    """(train, held out): `share` of the distinct prompts, never of the rows, is held out. A row's first element is its prompt."""
+    keys = [json.dumps(row[0]) for row in rows]
+    distinct = sorted(set(keys))
+    random.Random(seed).shuffle(distinct)
+    held = set(distinct[: round(share * len(distinct))])
+    return [r for r, k in zip(rows, keys) if k not in held], [r for r, k in zip(rows, keys) if k in held]
+
+
+# ------------------------------------------------------------------------------------------------------ text to tokens
+
+
+def encode(tokenizer, prompt, answers: list, max_length: int) -> tuple[dict | None, str | None, bool]:
+    """Token ids of one prompt and its answers.
+
+    Args:
+        prompt: a string, or a list of messages, which goes through the tokenizer's chat template.
+        answers: strings or lists of messages.
+        max_length: limit in tokens for the prompt and one completion; completions lose their end.
+
+    Returns:
+        ({"prompt": ids, "completions": [ids, ...]}, None, moved), or (None, reason, False). `moved`: the boundary had to be moved to the
+        left, because a token would have crossed it. One EOS ends each completion that was not cut.
+    """
+    eos = tokenizer.eos_token_id
+    if isinstance(prompt, str):
+        prompt_ids = tokenizer(prompt).input_ids
+        whole = [tokenizer(prompt + answer).input_ids for answer in answers]
+        boundary = min(common_prefix(prompt_ids, ids) for ids in whole)
+        ended = [bool(ids) and ids[-1] == eos for ids in whole]
+    else:
+        if tokenizer.chat_template is None:
+            return None, "chat messages, but the tokenizer has no chat template", False
+        texts = [tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)]
+        texts += [tokenizer.apply_chat_template(prompt + answer, tokenize=False) for answer in answers]
+        prompt_ids, *whole = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+        boundary = len(prompt_ids)
+        if any(ids[:boundary] != prompt_ids for ids in whole):
+            return None, "the chat template does not keep the prompt's tokens when an answer follows", False
+        ended = [eos in ids[boundary:] for ids in whole]  # templates put a newline after the end of turn
+    if boundary == 0:
+        return None, "prompt and answers share no token", False
+    if boundary >= max_length:
+        return None, "the prompt alone fills max_length", False
+    whole = [ids if done else [*ids, eos] for ids, done in zip(whole, ended)]
+    completions = [ids[boundary:max_length] for ids in whole]
+    return {"prompt": whole[0][:boundary], "completions": completions}, None, boundary < len(prompt_ids)
+
+
+class Rows(list):
+    """Encoded rows, with `texts` (the rows as read), `seen` (how many were read), `dropped` (reason -> count) and `moved` (boundaries)."""
+
+    def __init__(self, examples=(), texts=(), seen=0, dropped=None, moved=0):
+        super().__init__(examples)
+        self.texts, self.seen, self.dropped, self.moved = list(texts), seen, Counter(dropped or {}), moved
+
+    def describe(self, name: str) -> str:
+        """The sentence printed at the start of a run."""
+        parts = [f"{name}: {self.seen:,} rows read, {len(self):,} used"]
+        if self.dropped:
+            parts.append("dropped " + ", ".join(f"{n:,} ({reason})" for reason, n in self.dropped.most_common()))
+        if self.moved:
+            parts.append(f"in {self.moved:,} the boundary moved left because a token spans prompt and answer")
+        return "; ".join(parts) + "."
+
+
+def encode_pairs(tokenizer, pairs: list[tuple], max_length: int, dropped: Counter | None = None) -> Rows:
+    """Encodes (prompt, chosen, rejected); a row comes out as {"prompt": ids, "completions": [chosen ids, rejected ids]}."""
+    rows = Rows(seen=len(pairs) + sum((dropped or {}).values()), dropped=dropped)
+    for prompt, chosen, rejected in pairs:
+        example, reason, moved = encode(tokenizer, prompt, [chosen, rejected], max_length)
+        if reason:
+            rows.dropped[reason] += 1
+        else:
+            rows.append(example)
+            rows.texts.append((prompt, chosen, rejected))
+            rows.moved += moved
+    return rows
+
+
+def usable_pairs(found: list[tuple[str, dict]]) -> tuple[list[tuple], Counter]:
+    """The usable pairs among rows as read, and how many were dropped for which reason."""
+    pairs, dropped = [], Counter()
+    for where, row in found:
+        pair, reason = pair_of_row(where, row)
+        if reason:
+            dropped[reason] += 1
+        else:
+            pairs.append(pair)
+    return pairs, dropped
+
+
+def load_pairs(args, tokenizer, max_length: int, say=print) -> tuple[dict[str, Rows], str]:
+    """Preference pairs as {"train": Rows, "held_out": Rows, "unseen": Rows (toy only)}, and the sha256 of the rows as read.
+
+    `args` has data, eval_data, holdout and seed. Drops are counted by reason and said. Raises InputError where no row is left.
+    """
+    if args.data == "toy":
+        from common import toy
+
+        splits = {name: ([tuple(p) for p in pairs], Counter()) for name, pairs in toy.pairs(args.seed).items()}
+        digest = sha256_of([pairs for pairs, _ in splits.values()])
+    else:
+        is_file = Path(args.data).exists() or Path(args.data).suffix in {".jsonl", ".json", ".csv", ".parquet", ".gz"}
+        found = {"train": read_rows(args.data)} if is_file else read_hub(args.data)
+        if args.eval_data:
+            found["test"] = read_rows(args.eval_data)
+        digest = sha256_of([row for rows in found.values() for _, row in rows])
+        splits = {"train": usable_pairs(found["train"])}
+        if "test" in found:
+            splits["held_out"] = usable_pairs(found["test"])
+        else:
+            pairs, dropped = splits["train"]
+            train, held_out = split_by_prompt(pairs, args.holdout, args.seed)
+            splits = {"train": (train, dropped), "held_out": (held_out, Counter())}
+    result = {}
+    for name, (pairs, dropped) in splits.items():
+        result[name] = encode_pairs(tokenizer, pairs, max_length, dropped)
+        say(result[name].describe({"train": "Training rows", "held_out": "Held-out rows", "unseen": "Rows on unseen questions"}[name]))
+    if not result["train"]:
+        reasons = ", ".join(f"{n:,} {reason}" for reason, n in result["train"].dropped.most_common()) or "all were held out"
+        raise InputError(f"--data {args.data}: no usable row is left to train on ({reasons}).")
+    return result, digest
+
+
+def sha256_of(value: object) -> str:
+    """Hash of a JSON value, the same for the same rows however the file is laid out."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------- tokens to batches
+
+
+def row_tokens(example: dict) -> int:
+    """Real tokens of a row as its answers are read one by one: prompt + completion for each, no padding, however the batch is laid out."""
+    return sum(len(example["prompt"]) + len(ids) for ids in example["completions"])
+
+
+def row_length(example: dict) -> int:
+    """Length of a row in the shared-prompt layout, in tokens."""
+    return len(example["prompt"]) + sum(map(len, example["completions"]))
+
+
+def plan_batches(rows: list[dict], batch_size: int, epochs: float, max_steps: int, seed: int) -> list[list[int]]:
+    """The order of training: for each optimiser step, the indices of its rows. A pure function of its arguments, so a resumed run finds it again.
+
+    Each epoch is shuffled anew. Rows of similar length are put into the same step, within windows of 16 steps, and the order of those steps is
+    shuffled again: little padding, and what a step sees stays random across the data. The last step of an epoch may be smaller.
+    """
+    rng, lengths = random.Random(seed), [row_length(row) for row in rows]
+    plan, total = [], max(1, round(epochs * len(rows)))
+    while total > 0:
+        order = list(range(len(rows)))
+        rng.shuffle(order)
+        order = order[: min(total, len(order))]
+        total -= len(order)
+        window = 16 * batch_size
+        steps = []
+        for start in range(0, len(order), window):
+            by_length = sorted(order[start : start + window], key=lambda i: lengths[i])
+            cut = [by_length[i : i + batch_size] for i in range(0, len(by_length), batch_size)]
+            rng.shuffle(cut)
+            steps += cut
+        plan += steps
+    return plan[:max_steps] if max_steps >= 0 else plan
+
+
+def micro_batches(rows: list[int], size: int, rank: int = 0, world_size: int = 1) -> list[tuple[list[int], bool]]:
+    """This process's share of a step as [(rows, real)], the same number of micro-batches on every process.
+
+    A process with no row left gets the step's first row with `real` False: it must run forward and backward like the others, and its loss
+    must count 0.
+    """
+    passes = -(-len(rows) // (size * world_size))
+    chunks = []
+    for i in range(passes):
+        mine = rows[i * size * world_size : (i + 1) * size * world_size][rank::world_size]
+        chunks.append((mine, True) if mine else (rows[:1], False))
+    return chunks
+
+
+def collate(examples: list[dict], pad_id: int, layout: str, device) -> dict:
+    """A batch of rows with one or more completions each.
+
+    Sequences are numbered answer by answer: of n rows with two answers, sequence i is the chosen answer of row i and n + i its rejected one.
+    layout "shared": one line `[prompt | first | second]` a row; positions restart after the prompt for each answer, and the float mask lets
+    a token see the prompt and its own answer only. layout "rows": one line `[prompt | answer]` a sequence. layout "model_head": the same,
+    and `logits_to_keep` tells the model's own output layer how many last positions are asked for.
+
+    Returns a dict of tensors on `device`:
+        input_ids, position_ids   [lines, length] int64
+        attention_mask            [lines, 1, length, length] float32, 0 or -1e9 ("shared"); [lines, length] int64, 1 or 0
+        source                    [tokens] int64: index into the flattened lines * length of the position that predicts a completion token
+        targets                   [tokens] int64: the completion tokens
+        sequence                  [tokens] int64: the sequence that each completion token belongs to
+        completion_tokens         [sequences] int64: completion length
+        last                      [sequences] int64: flat index of each sequence's last token
+    """
+    answers = len(examples[0]["completions"])
+    n = len(examples)
+    if layout == "shared":
+        lines = [(example["prompt"], [(j * n + i, ids) for j, ids in enumerate(example["completions"])]) for i, example in enumerate(examples)]
+    else:
+        lines = [(examples[s % n]["prompt"], [(s, examples[s % n]["completions"][s // n])]) for s in range(answers * n)]
+    length = max(len(prompt) + sum(len(ids) for _, ids in parts) for prompt, parts in lines)
+    input_ids, position_ids, segments, source, targets, sequence = [], [], [], [], [], []
+    completion_tokens, last = [0] * (answers * n), [0] * (answers * n)
+    for line, (prompt, parts) in enumerate(lines):
+        ids, positions, segment, start = list(prompt), list(range(len(prompt))), [0] * len(prompt), line * length
+        for s, completion in parts:
+            k, begin = len(completion), start + len(ids)
+            source += [start + len(prompt) - 1, *range(begin, begin + k - 1)]  # the first token is predicted by the prompt's last
+            targets += completion
+            sequence += [s] * k
+            completion_tokens[s], last[s] = k, begin + k - 1
+            ids += completion
+            positions += range(len(prompt), len(prompt) + k)
+            segment += [1 + s // n] * k
+        padding = length - len(ids)
+        input_ids.append(ids + [pad_id] * padding)
+        position_ids.append(positions + [0] * padding)
+        segments.append(segment + [-1] * padding)
+
+    def put(values):
+        tensor = torch.tensor(values, dtype=torch.int64)
+        return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor.to(device)
+
+    batch = {"input_ids": put(input_ids), "position_ids": put(position_ids), "source": put(source), "targets": put(targets)}
+    batch |= {"sequence": put(sequence), "completion_tokens": put(completion_tokens), "last": put(last)}
+    segments = put(segments)  # [lines, length]: 0 prompt, 1.. answer, -1 padding
+    if layout == "shared":
+        key, query = segments[:, None, :], segments[:, :, None]
+        causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+        visible = causal & ((key == query) | (key == 0))
+        batch["attention_mask"] = torch.where(visible, 0.0, MASKED)[:, None]
+    else:
+        batch["attention_mask"] = (segments >= 0).long()
+    if layout == "model_head":
+        batch["logits_to_keep"] = length - min(i % length for i in source)
+    return batch

@@ -1,0 +1,324 @@
+"""Generation, preference accuracy, KL, the toy's judgement, and the plain log-probabilities that every fast path is tested against.
+
+    python -m common.evaluate --model runs/my-run --data pairs.jsonl --output scores.jsonl
+
+writes one line per row, in order: row, chosen_logps, rejected_logps, chosen_tokens, rejected_tokens; null values and `reason` for a row that
+cannot be used. It is deliberately plain: two lines per pair, full logits, float32, nothing gathered and nothing shared.
+"""
+
+import json
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from common import data, runtime
+from common.data import InputError
+
+# ------------------------------------------------------------------------------------------------------------- the oracle
+
+
+@torch.no_grad()
+def plain_token_logps(model, sequences: list[tuple[list[int], list[int]]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of completion tokens by the shortest road: full logits of right-padded lines, float32.
+
+    Args:
+        sequences: (prompt ids, completion ids) of each sequence.
+
+    Returns:
+        token log-probabilities [batch, length - 1] in nats, zero where mask is, and the mask [batch, length - 1] of completion tokens.
+    """
+    device = next(model.parameters()).device
+    length = max(len(p) + len(c) for p, c in sequences)
+    ids = torch.tensor([p + c + [pad_id] * (length - len(p) - len(c)) for p, c in sequences], device=device)  # [batch, length]
+    position = torch.arange(length, device=device)
+    prompt = torch.tensor([len(p) for p, _ in sequences], device=device)[:, None]
+    end = torch.tensor([len(p) + len(c) for p, c in sequences], device=device)[:, None]
+    logits = model(input_ids=ids, attention_mask=(position < end).long(), use_cache=False).logits
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logps = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)  # position t scores the token at t + 1
+    mask = ((position >= prompt) & (position < end))[:, 1:]
+    return logps.masked_fill(~mask, 0.0), mask
+
+
+def plain_logps(model, sequences, pad_id: int, batch_size: int = 8) -> torch.Tensor:
+    """Summed completion log-probabilities in nats, [sequences], float32, on the CPU: the oracle."""
+    parts = [plain_token_logps(model, sequences[i : i + batch_size], pad_id)[0].sum(-1).cpu() for i in range(0, len(sequences), batch_size)]
+    return torch.cat(parts)
+
+
+def sequences_of(examples: list[dict]) -> list[tuple[list[int], list[int]]]:
+    """(prompt, completion) answer by answer, in the order of `collate`: all first completions, then all second ones."""
+    return [(e["prompt"], e["completions"][j]) for j in range(len(examples[0]["completions"])) for e in examples]
+
+
+@torch.no_grad()
+def choose_layout(logps, model, splits: dict, pad_id: int, device, share_prompt: bool, say=print) -> str:
+    """The fastest layout of `collate` whose log-probabilities agree with the plain ones on the longest row.
+
+    Masks that a model ignores (sliding windows, ALiBi) and output layers with scaling or soft-capping would be wrong without a word, so this
+    is measured before the first step. `logps(batch)` returns summed log-probabilities [sequences]. A change of layout is said.
+    """
+    longest = [max((row for rows in splits.values() for row in rows), key=data.row_length)]
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    expected = plain_logps(model, sequences_of(longest), pad_id)
+    found, what = None, {"shared": "sharing the prompt", "rows": "the gathered output layer"}
+    for layout in (["shared"] if share_prompt else []) + ["rows", "model_head"]:
+        try:
+            got = logps(data.collate(longest, pad_id, layout, device)).float().cpu()
+            gap = (got - expected).abs().max().item()
+        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+            gap, got = float("inf"), error
+        if gap <= 1e-3 + 1e-6 * expected.abs().max().item():
+            found = layout
+            break
+        if layout in what:
+            reason = f"is off by {gap:.2g} nats" if gap < float("inf") else f"fails ({type(got).__name__})"
+            say(f"With this model {what[layout]} {reason} on the longest row, so it is not used; training is slower and right.")
+    torch.set_float32_matmul_precision(precision)
+    if found is None:
+        raise InputError("This model's log-probabilities differ between a plain forward pass and every batch layout; it cannot be trained here.")
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------- sampling
+
+
+@torch.no_grad()
+def sample(
+    model,
+    prompts: list[list[int]],
+    tokenizer,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 64,
+    autocast=None,
+) -> list[list[int]]:
+    """One sampled completion for each prompt, as token ids that end in EOS unless cut at `max_new_tokens`.
+
+    Everything that shapes the distribution is passed here and the checkpoint's generation_config is set aside: transformers would sample from
+    the 50 likeliest tokens where nothing is said. temperature 0 is greedy. Prompts are padded on the left, with position ids from the mask.
+    The caller's random numbers are untouched. With several processes each must call with the same number of prompts.
+    """
+    from transformers import GenerationConfig
+
+    device = next(model.parameters()).device
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    shape = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {"do_sample": False}
+    config = GenerationConfig(**shape, max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=pad, use_cache=True)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    completions: list = [None] * len(prompts)
+    was_training, saved = model.training, model.generation_config
+    model.eval()
+    model.generation_config = config
+    synced = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        try:
+            for start in range(0, len(order), batch_size):
+                chunk = order[start : start + batch_size]
+                length = max(len(prompts[i]) for i in chunk)
+                ids = torch.tensor([[pad] * (length - len(prompts[i])) + prompts[i] for i in chunk], device=device)
+                mask = torch.tensor([[0] * (length - len(prompts[i])) + [1] * len(prompts[i]) for i in chunk], device=device)
+                with autocast() if autocast else torch.no_grad():
+                    out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, synced_gpus=synced)
+                for i, new in zip(chunk, out[:, length:].tolist()):
+                    completions[i] = new[: new.index(eos) + 1] if eos in new else new[:max_new_tokens]
+        finally:
+            model.generation_config = saved
+            model.train(was_training)
+    return completions
+
+
+def text_of(tokenizer, completion: list[int]) -> str:
+    """The text of a completion, its EOS left out and nothing else."""
+    ids = completion[:-1] if completion and completion[-1] == tokenizer.eos_token_id else completion
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False).strip()
+
+
+# -------------------------------------------------------------------------------------------------------------- metrics
+
+
+def preference_accuracy(chosen: torch.Tensor, rejected: torch.Tensor) -> float | None:
+    """Share of rows with chosen > rejected; ties count one half. None for no rows. Both [rows]."""
+    if chosen.shape != rejected.shape or chosen.dim() != 1:
+        raise ValueError(f"expected two tensors [rows], got {tuple(chosen.shape)} and {tuple(rejected.shape)}")
+    return ((chosen > rejected).double() + 0.5 * (chosen == rejected).double()).mean().item() if len(chosen) else None
+
+
+@torch.no_grad()
+def kl_of_samples(policy, reference, prompts: list[list[int]], completions: list[list[int]], pad_id: int, batch_size: int = 16, autocast=None) -> torch.Tensor:
+    """KL(policy || reference) in nats along each completion sampled from the policy: [samples], float64.
+
+    At each token the full-vocabulary KL is taken; its sum along samples of the policy at temperature 1 is an unbiased estimate of the KL per
+    completion, never negative and of lower variance than the log-ratio of the sampled tokens.
+    """
+    device, values = next(policy.parameters()).device, []
+    for start in range(0, len(prompts), batch_size):
+        chunk = list(zip(prompts[start : start + batch_size], completions[start : start + batch_size]))
+        length = max(len(p) + len(c) for p, c in chunk)
+        ids = torch.tensor([p + c + [pad_id] * (length - len(p) - len(c)) for p, c in chunk], device=device)
+        position = torch.arange(length, device=device)
+        begin = torch.tensor([len(p) - 1 for p, _ in chunk], device=device)[:, None]
+        end = torch.tensor([len(p) + len(c) for p, c in chunk], device=device)[:, None]
+        inputs = {"input_ids": ids, "attention_mask": (position < end).long(), "use_cache": False}
+        keep = length - min(len(p) - 1 for p, _ in chunk)
+        with autocast() if autocast else torch.no_grad():
+            log_p, log_q = (m(**inputs).logits[:, -keep:].float().log_softmax(-1) for m in (policy, reference))
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1).double()  # [batch, keep]
+        mask = ((position >= begin) & (position < end - 1))[:, -keep:]  # position t predicts the token at t + 1
+        values.append(kl.masked_fill(~mask, 0.0).sum(-1).cpu())
+    return torch.cat(values) if values else torch.zeros(0, dtype=torch.float64)
+
+
+def judge_samples(run, policy, reference, base: str, tokenizer, rows, args) -> dict:
+    """What a policy says: `args.kl_samples` answers sampled at temperature 1, spread over the distinct prompts of `rows`.
+
+    Args:
+        reference: the model to take the KL to, or None where the policy is the reference itself (the KL is then 0).
+        base: the reference's folder.
+
+    Returns:
+        "kl" in nats per completion; on the toy also "true_reward", "right_share", "rude_share", "frontier_efficiency"; and "samples", three
+        [prompt, answer]. None where nothing can be sampled.
+    """
+    limit = runtime.context_length(policy) - args.max_new_tokens
+    distinct = {json.dumps(t[0]): (t[0], e["prompt"]) for e, t in zip(rows, rows.texts) if len(e["prompt"]) <= limit}
+    distinct = list(distinct.values())
+    count = args.kl_samples
+    if not distinct or count <= 0:
+        return {"kl": None, "samples": []}
+    order = [i * len(distinct) // count if count < len(distinct) else i % len(distinct) for i in range(count)]
+    mine = (order + order[: -count % run.world_size])[run.rank :: run.world_size]  # every process runs the same number of passes
+    prompts, tiny = [distinct[i][1] for i in mine], runtime.is_tiny(policy)
+    seed = args.seed + 1000 * run.rank + 1
+    answers = sample(policy, prompts, tokenizer, args.max_new_tokens, seed=seed, batch_size=512 if tiny else 32, autocast=run.autocast)
+    kl = torch.zeros(len(mine))
+    if reference is not None:
+        kl = kl_of_samples(policy, reference, prompts, answers, tokenizer.pad_token_id, batch_size=256 if tiny else 4, autocast=run.autocast)
+    found = run.gather(list(zip(mine, [text_of(tokenizer, ids) for ids in answers], kl.tolist())))[:count]
+    result = {"kl": sum(nats for _, _, nats in found) / count}
+    said = [(distinct[i][0], text) for i, text, _ in found]
+    if args.data == "toy":
+        from common import toy
+
+        result |= toy.judge_answers(said)
+        result["frontier_efficiency"] = None
+        if reference is not None and tiny:  # the frontier takes hundreds of answers to each question
+            rewards = toy.reference_rewards(said[0][0], toy.answers_of(reference, tokenizer, base, args.seed))
+            result["frontier_efficiency"] = toy.frontier_efficiency(result["kl"], result["true_reward"], rewards)
+    first = {json.dumps(prompt): [prompt, text] for prompt, text in reversed(said)}
+    result["samples"] = [first[k] for k in sorted(first)[:: max(1, len(first) // 3)][:3]]
+    return result
+
+
+# --------------------------------------------------------------------------------------------------------------- report
+
+WORDS = {
+    "preference_accuracy": "preferred answer more likely than the other",
+    "reward_accuracy": "preferred answer has the higher reward",
+    "kl": "KL to the reference, nats per answer",
+    "true_reward": "true reward of sampled answers",
+    "right_share": "right answers",
+    "rude_share": "rude answers",
+    "frontier_efficiency": "share of the best possible gain at this KL",
+}
+
+
+def print_report(run, columns: dict[str, dict]) -> None:
+    """The end table in plain words, a line a key and a column a state of the policy, and three questions with their answers in each state.
+
+    Args:
+        columns: name ("before", "after", ...) -> split -> the dict that a script's `report` returns.
+    """
+    if not run.main:
+        return
+    toy = run.args.data == "toy"
+    titles = {"held_out": "On the questions trained for" if toy else "On held-out rows", "unseen": "On unseen questions"}
+    width = max(9, *(len(name) + 2 for name in columns))
+    for split in columns["before"]:
+        keys = [k for k in WORDS if k in columns["before"][split]]
+        if keys:
+            print(f"\n{titles[split]:66}" + "".join(f"{name:>{width}}" for name in columns))
+        for key in keys:
+            cells = ("-" if (v := values[split].get(key)) is None else f"{v:.3f}" for values in columns.values())
+            print(f"  {WORDS[key] + ' (' + key + ')':64}" + "".join(f"{cell:>{width}}" for cell in cells))
+    samples = {name: values["held_out"]["samples"] for name, values in columns.items() if "held_out" in values}
+    if samples and samples["before"]:
+        print("\nAnswers sampled at temperature 1")
+    for i, (prompt, _) in enumerate(samples.get("before", [])):
+        print(f"  {(prompt if isinstance(prompt, str) else prompt[-1]['content']).strip()[-300:]}")
+        for name, values in samples.items():
+            print(f"    {name:{width}}{values[i][1][:400]}")
+    print(f"\nThe model, its metrics and summary.json are in {run.folder}")
+
+
+# ---------------------------------------------------------------------------------------------------------- command line
+
+
+@dataclass
+class Args:
+    model: str
+    """A folder, a hub id, or toy."""
+    data: str
+    """A file of preference pairs: .jsonl .json .csv .parquet, each also with .gz."""
+    output: str = "scores.jsonl"
+    """Where the lines go; an existing file is refused."""
+    max_length: int | None = None
+    """Limit in tokens for prompt and one completion; None: the smaller of 1024 and the model's context."""
+    batch_size: int = 8
+    """Sequences in one forward pass."""
+
+
+def main(args: Args) -> None:
+    """Scores every row of a file; see the module's docstring."""
+    output = Path(args.output)
+    if output.exists():
+        raise InputError(f"--output {output}: the file exists already; choose another name.")
+    found = data.read_rows(args.data)
+    for where, row in found:
+        data.pair_of_row(where, row)  # a missing column stops here, before any work
+    folder = runtime.resolve_model(args.model)
+    tokenizer = runtime.load_tokenizer(folder)
+    model = runtime.load_model(folder, "cuda" if torch.cuda.is_available() else "cpu", tokenizer).eval()
+    if runtime.is_tiny(model) and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    max_length = args.max_length or min(1024, runtime.context_length(model))
+    lines, examples, reasons = [], [], Counter()
+    for number, (where, row) in enumerate(found):
+        pair, reason = data.pair_of_row(where, row)
+        if pair:
+            example, reason, _ = data.encode(tokenizer, pair[0], list(pair[1:]), max_length)
+        line = {"row": number, "chosen_logps": None, "rejected_logps": None, "chosen_tokens": None, "rejected_tokens": None}
+        if reason:
+            line["reason"] = reason
+            reasons[reason] += 1
+        else:
+            examples.append((number, example))
+        lines.append(line)
+    examples.sort(key=lambda item: data.row_length(item[1]))
+    step = max(1, args.batch_size // 2)
+    for start in range(0, len(examples), step):
+        chunk = examples[start : start + step]
+        logps = plain_logps(model, sequences_of([e for _, e in chunk]), tokenizer.pad_token_id, args.batch_size).tolist()
+        for i, (number, example) in enumerate(chunk):
+            chosen, rejected = example["completions"]
+            lines[number] |= {"chosen_logps": logps[i], "rejected_logps": logps[len(chunk) + i], "chosen_tokens": len(chosen), "rejected_tokens": len(rejected)}
+    aside = output.with_name(output.name + ".part")
+    aside.write_text("".join(json.dumps(runtime.plain(line), allow_nan=False) + "\n" for line in lines), encoding="utf-8")
+    os.replace(aside, output)
+    chosen, rejected = (torch.tensor([line[k] for line in lines if line[k] is not None]) for k in ("chosen_logps", "rejected_logps"))
+    dropped = "".join(f", {n:,} dropped ({reason})" for reason, n in reasons.most_common())
+    accuracy = preference_accuracy(chosen, rejected)
+    print(f"{len(lines):,} rows, {len(examples):,} scored{dropped}. Preference accuracy {'-' if accuracy is None else f'{accuracy:.3f}'}. Written to {output}.")
+
+
+if __name__ == "__main__":
+    import tyro
+
+    main(tyro.cli(Args, description=__doc__))
