@@ -24,6 +24,7 @@ Differences from the authors' code:
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +76,7 @@ class Args:
     """Compute a prompt once for both answers; --no-share-prompt computes it twice."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
-    dtype: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Matrix products in bfloat16 or float32; auto: bfloat16 on GPUs that have it. Weights and log-probabilities stay float32."""
     compile: bool = False
     """Compile the model's body with torch.compile."""
@@ -89,7 +90,7 @@ class Args:
     """Answers sampled from the policy before and after training, for the KL and the toy's judgement; 0: none."""
     max_new_tokens: int = 24
     """Length limit of those answers, in tokens."""
-    track: str = "none"
+    track: Literal["none", "tensorboard", "wandb"] = "none"
     """Where metrics also go: none, tensorboard or wandb."""
 
 
@@ -149,39 +150,46 @@ def dpo_loss(
 
 
 # [/method]
-def compute_loss(model, batch: dict, args: Args) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss summed (not averaged) over the pairs of a micro-batch, and its metrics, likewise summed, on the device."""
-    chosen_logps, rejected_logps = completion_logps(model, batch).chunk(2)  # [batch] each
-    # [method]
-    losses = dpo_loss(chosen_logps, rejected_logps, batch["ref_chosen_logps"], batch["ref_rejected_logps"], args.beta)  # [batch]
-    chosen_rewards = args.beta * (chosen_logps - batch["ref_chosen_logps"]).detach()  # [batch]
-    rejected_rewards = args.beta * (rejected_logps - batch["ref_rejected_logps"]).detach()  # [batch]
-    # [/method]
-    margins = chosen_rewards - rejected_rewards  # [batch]
-    metrics = {
+def pair_metrics(losses, chosen_rewards, rejected_rewards, chosen_logps, rejected_logps) -> dict[str, torch.Tensor]:
+    """Metrics of a micro-batch, each summed over its pairs, on the device. All arguments [batch]."""
+    margins = (chosen_rewards - rejected_rewards).detach()
+    return {
         "loss": losses.detach().sum(),
-        "rewards/chosen": chosen_rewards.sum(),
-        "rewards/rejected": rejected_rewards.sum(),
+        "rewards/chosen": chosen_rewards.detach().sum(),
+        "rewards/rejected": rejected_rewards.detach().sum(),
         "rewards/margins": margins.sum(),
         "rewards/accuracies": ((margins > 0).float() + 0.5 * (margins == 0).float()).sum(),
         "logps/chosen": chosen_logps.detach().sum(),
         "logps/rejected": rejected_logps.detach().sum(),
     }
-    return losses.sum(), metrics
+
+
+def compute_loss(model, batch: dict, args: Args) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss summed (not averaged) over the pairs of a micro-batch, and its metrics."""
+    # [method]
+    chosen_logps, rejected_logps = completion_logps(model, batch).chunk(2)  # [batch] each
+    ref_chosen_logps, ref_rejected_logps = batch["ref_chosen_logps"], batch["ref_rejected_logps"]  # [batch] each
+    losses = dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, args.beta)  # [batch]
+    chosen_rewards = args.beta * (chosen_logps - ref_chosen_logps)  # [batch]
+    rejected_rewards = args.beta * (rejected_logps - ref_rejected_logps)  # [batch]
+    return losses.sum(), pair_metrics(losses, chosen_rewards, rejected_rewards, chosen_logps, rejected_logps)
+    # [/method]
 
 
 def main(args: Args) -> None:
     try:
         from common import data, evaluate, runtime
     except ImportError as error:
-        raise SystemExit(f"Training needs the folder common/ beside this file; the functions alone do not. ({error})") from None
+        raise SystemExit(f"Training needs the folder common/ beside this file; its functions alone do not. ({error})") from None
     run = runtime.start(args, __file__)
     args = run.args
 
     # The policy, which before its first step is also the reference.
     base = runtime.resolve_model(args.model, args.seed)
     tokenizer = runtime.load_tokenizer(base)
+    # [method]
     model = runtime.load_model(run.checkpoint or base, run.device, tokenizer)
+    # [/method]
     runtime.disable_dropout(model)
     run.prepare(model.train())
     logps, loss_and_metrics = runtime.as_forward(model, completion_logps), runtime.as_forward(model, compute_loss)
@@ -201,24 +209,25 @@ def main(args: Args) -> None:
 
     def score(split: str) -> torch.Tensor:
         """Summed log-probabilities of chosen and rejected answers under the policy as it is now, [rows, 2]."""
-        return run.map_rows(lambda rows: logps(batch_of(split, rows)).view(2, -1).T, splits[split], args.micro_batch_size)
+        return run.map_rows(lambda rows: logps(batch_of(split, rows)).view(2, -1).T, splits[split])
 
     def report(split: str, reference) -> dict:
-        """The keys of the end table on one split, for the policy as it is now; `reference` None: the policy is the reference."""
+        """The keys of the end table on one split, for the policy as it is now; `reference` None: the policy still is the reference."""
         scores = score(split)  # [rows, 2]
-        values = {"preference_accuracy": evaluate.preference_accuracy(scores[:, 0], scores[:, 1])}
         # [method]
         rewards = args.beta * (scores - ref[split])  # [rows, 2]
         # [/method]
-        values["reward_accuracy"] = evaluate.preference_accuracy(rewards[:, 0], rewards[:, 1]) if reference else None
-        return values | evaluate.judge_samples(run, model, reference, base, tokenizer, splits[split], args)
+        values = {"preference_accuracy": evaluate.accuracy(scores), "reward_accuracy": evaluate.accuracy(rewards, ties_say_nothing=True)}
+        return values | evaluate.judge_samples(run, model, reference, base, tokenizer, splits[split])
 
     # [method]
     ref: dict[str, torch.Tensor] = {}  # the reference's log-probabilities, [rows, 2] for each split, taken before the first step
     ref |= run.keep("reference", lambda: {split: score(split) for split in splits})
     # [/method]
     before = run.remember("before", lambda: {split: report(split, None) for split in splits if split != "train"})
+    # [method]
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    # [/method]
     run.restore(model, optimizer)
 
     for step in run.steps(len(plan)):
@@ -232,7 +241,9 @@ def main(args: Args) -> None:
             (loss * real * run.world_size / len(plan[step])).backward()
             run.add(metrics, real)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        # [method]
         optimizer.step()
+        # [/method]
         optimizer.zero_grad()
         run.log([splits["train"][i] for i in plan[step]], grad_norm, lr)
         if run.due(args.eval_every):
@@ -243,9 +254,11 @@ def main(args: Args) -> None:
     run.save_model(model, tokenizer, run.folder)
     del optimizer
     reference = run.prepare(runtime.load_model(base, run.device, tokenizer))
-    after = {split: report(split, reference) for split in before}
-    run.finish(before, after, base, data_sha256)
-    evaluate.print_report(run, {"before": before, "after": after})
+    # [method]
+    columns = {"before": before, "after": {split: report(split, reference) for split in before}}
+    # [/method]
+    run.finish(columns, base, data_sha256)
+    evaluate.print_report(run, columns)
 
 
 if __name__ == "__main__":

@@ -144,11 +144,19 @@ def text_of(tokenizer, completion: list[int]) -> str:
 # -------------------------------------------------------------------------------------------------------------- metrics
 
 
-def preference_accuracy(chosen: torch.Tensor, rejected: torch.Tensor) -> float | None:
-    """Share of rows with chosen > rejected; ties count one half. None for no rows. Both [rows]."""
-    if chosen.shape != rejected.shape or chosen.dim() != 1:
-        raise ValueError(f"expected two tensors [rows], got {tuple(chosen.shape)} and {tuple(rejected.shape)}")
-    return ((chosen > rejected).double() + 0.5 * (chosen == rejected).double()).mean().item() if len(chosen) else None
+def accuracy(scores: torch.Tensor, ties_say_nothing: bool = False) -> float | None:
+    """Share of rows whose chosen answer scores higher than the rejected one; ties count one half.
+
+    Args:
+        scores: [rows, 2], chosen and rejected: log-probabilities or rewards.
+        ties_say_nothing: None instead of .5 where all rows are ties, as rewards are before the first step.
+    """
+    if scores.dim() != 2 or scores.shape[1] != 2:
+        raise ValueError(f"expected scores [rows, 2], got {tuple(scores.shape)}")
+    chosen, rejected = scores.unbind(1)
+    if not len(scores) or (ties_say_nothing and bool((chosen == rejected).all())):
+        return None
+    return ((chosen > rejected).double() + 0.5 * (chosen == rejected).double()).mean().item()
 
 
 @torch.no_grad()
@@ -176,8 +184,8 @@ def kl_of_samples(policy, reference, prompts: list[list[int]], completions: list
     return torch.cat(values) if values else torch.zeros(0, dtype=torch.float64)
 
 
-def judge_samples(run, policy, reference, base: str, tokenizer, rows, args) -> dict:
-    """What a policy says: `args.kl_samples` answers sampled at temperature 1, spread over the distinct prompts of `rows`.
+def judge_samples(run, policy, reference, base: str, tokenizer, rows) -> dict:
+    """What a policy says: `--kl-samples` answers sampled at temperature 1, spread over the distinct prompts of `rows`.
 
     Args:
         reference: the model to take the KL to, or None where the policy is the reference itself (the KL is then 0).
@@ -187,6 +195,7 @@ def judge_samples(run, policy, reference, base: str, tokenizer, rows, args) -> d
         "kl" in nats per completion; on the toy also "true_reward", "right_share", "rude_share", "frontier_efficiency"; and "samples", three
         [prompt, answer]. None where nothing can be sampled.
     """
+    args = run.args
     limit = runtime.context_length(policy) - args.max_new_tokens
     distinct = {json.dumps(t[0]): (t[0], e["prompt"]) for e, t in zip(rows, rows.texts) if len(e["prompt"]) <= limit}
     distinct = list(distinct.values())
@@ -244,7 +253,7 @@ def print_report(run, columns: dict[str, dict]) -> None:
     for split in columns["before"]:
         keys = [k for k in WORDS if k in columns["before"][split]]
         if keys:
-            print(f"\n{titles[split]:66}" + "".join(f"{name:>{width}}" for name in columns))
+            print(f"\n{titles[split]:66}" + "".join(f"{name.replace('_', ' '):>{width}}" for name in columns))
         for key in keys:
             cells = ("-" if (v := values[split].get(key)) is None else f"{v:.3f}" for values in columns.values())
             print(f"  {WORDS[key] + ' (' + key + ')':64}" + "".join(f"{cell:>{width}}" for cell in cells))
@@ -254,7 +263,7 @@ def print_report(run, columns: dict[str, dict]) -> None:
     for i, (prompt, _) in enumerate(samples.get("before", [])):
         print(f"  {(prompt if isinstance(prompt, str) else prompt[-1]['content']).strip()[-300:]}")
         for name, values in samples.items():
-            print(f"    {name:{width}}{values[i][1][:400]}")
+            print(f"    {name.replace('_', ' '):{width}}{values[i][1][:400]}")
     print(f"\nThe model, its metrics and summary.json are in {run.folder}")
 
 
@@ -312,10 +321,10 @@ def main(args: Args) -> None:
     aside = output.with_name(output.name + ".part")
     aside.write_text("".join(json.dumps(runtime.plain(line), allow_nan=False) + "\n" for line in lines), encoding="utf-8")
     os.replace(aside, output)
-    chosen, rejected = (torch.tensor([line[k] for line in lines if line[k] is not None]) for k in ("chosen_logps", "rejected_logps"))
+    scores = [[line["chosen_logps"], line["rejected_logps"]] for line in lines if line["chosen_logps"] is not None]
     dropped = "".join(f", {n:,} dropped ({reason})" for reason, n in reasons.most_common())
-    accuracy = preference_accuracy(chosen, rejected)
-    print(f"{len(lines):,} rows, {len(examples):,} scored{dropped}. Preference accuracy {'-' if accuracy is None else f'{accuracy:.3f}'}. Written to {output}.")
+    share = accuracy(torch.tensor(scores).view(-1, 2))
+    print(f"{len(lines):,} rows, {len(examples):,} scored{dropped}. Preference accuracy {'-' if share is None else f'{share:.3f}'}. Written to {output}.")
 
 
 if __name__ == "__main__":

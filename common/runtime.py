@@ -504,10 +504,10 @@ class Run:
 
     # -- passes without gradients
 
-    def map_rows(self, function, rows: list, size: int) -> torch.Tensor:
+    def map_rows(self, function, rows: list) -> torch.Tensor:
         """`function(indices)` -> [indices, ...] over all rows, in batches of similar length, spread over the processes: [rows, ...], on the CPU."""
         order, found = sorted(range(len(rows)), key=lambda i: row_length(rows[i])), []
-        for mine, real in micro_batches(order, size, self.rank, self.world_size):
+        for mine, real in micro_batches(order, self.args.micro_batch_size, self.rank, self.world_size):
             with torch.no_grad(), self.autocast():
                 values = function(mine)
             found += [(mine, values.float().cpu())] if real else []
@@ -612,16 +612,14 @@ class Run:
 
     # -- the end
 
-    def finish(self, before: dict, after: dict, base_folder: str, data_sha256: str) -> dict:
+    def finish(self, columns: dict[str, dict], base_folder: str, data_sha256: str) -> dict:
         """Writes summary.json and curves.png and removes the checkpoints, which the finished model replaces.
 
         Args:
-            before, after: the end table's keys for each split; its last part in `samples` stays out of the summary.
+            columns: "before", "after", ... -> split -> the dict of a script's `report`; its "samples" stay out of the summary. "held_out" is
+                written under the column's name, "unseen" under the name with "_unseen" behind it.
         """
         import transformers
-
-        def keys(report: dict, split: str) -> dict:
-            return {k: v for k, v in report[split].items() if k != "samples"} if split in report else {}
 
         summary = {
             "script": self.script.name,
@@ -638,11 +636,11 @@ class Run:
             "threads": torch.get_num_threads(),
             "processes": self.world_size,
             "kl_samples": self.args.kl_samples,
-            "before": keys(before, "held_out"),
-            "after": keys(after, "held_out"),
         }
-        if "unseen" in before:
-            summary |= {"before_unseen": keys(before, "unseen"), "after_unseen": keys(after, "unseen")}
+        for name, splits in columns.items():
+            for split, values in splits.items():
+                key = name if split == "held_out" else f"{name}_{split}"
+                summary[key] = {k: v for k, v in values.items() if k != "samples"}
         summary = plain(summary)
         if self.main:
             draw_curves(self.folder)
