@@ -36,7 +36,7 @@ from torch.utils.checkpoint import checkpoint
 class Args:
     # [method]
     beta: float = 0.3
-    """Strength of the pull to the reference, per nat. Small: more reward, further from the reference. The paper uses 0.1 to 0.5."""
+    """Strength of the pull to the reference, per nat. Small: more reward, further from the reference. DPO's paper uses 0.1 to 0.5."""
     # [/method]
     model: str = "toy"
     """toy, a hub id, or a folder (also a run of another script). The policy starts from it and it is the reference."""
@@ -146,7 +146,8 @@ def dpo_loss(
         raise ValueError(f"expected four tensors of one shape [batch], got {sorted(shapes)}")
     chosen_logratios = policy_chosen_logps - ref_chosen_logps  # [batch]
     rejected_logratios = policy_rejected_logps - ref_rejected_logps  # [batch]
-    return -F.logsigmoid(beta * (chosen_logratios - rejected_logratios))
+    logits = beta * (chosen_logratios - rejected_logratios)  # [batch]
+    return -F.logsigmoid(logits)
 
 
 # [/method]
@@ -208,13 +209,15 @@ def main(args: Args) -> None:
         return batch
 
     def score(split: str) -> torch.Tensor:
+        # [method]
         """Summed log-probabilities of chosen and rejected answers under the policy as it is now, [rows, 2]."""
         return run.map_rows(lambda rows: logps(batch_of(split, rows)).view(2, -1).T, splits[split])
+        # [/method]
 
     def report(split: str, reference) -> dict:
         """The keys of the end table on one split, for the policy as it is now; `reference` None: the policy still is the reference."""
-        scores = score(split)  # [rows, 2]
         # [method]
+        scores = score(split)  # [rows, 2]
         rewards = args.beta * (scores - ref[split])  # [rows, 2]
         # [/method]
         values = {"preference_accuracy": evaluate.accuracy(scores), "reward_accuracy": evaluate.accuracy(rewards, ties_say_nothing=True)}

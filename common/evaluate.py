@@ -7,6 +7,7 @@ cannot be used. It is deliberately plain: two lines per pair, full logits, float
 """
 
 import json
+import math
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -184,16 +185,19 @@ def kl_of_samples(policy, reference, prompts: list[list[int]], completions: list
     return torch.cat(values) if values else torch.zeros(0, dtype=torch.float64)
 
 
-def judge_samples(run, policy, reference, base: str, tokenizer, rows) -> dict:
+def judge_samples(run, policy, reference, base: str, tokenizer, rows, n: int = 1, rewards=None, record: dict | None = None) -> dict:
     """What a policy says: `--kl-samples` answers sampled at temperature 1, spread over the distinct prompts of `rows`.
 
     Args:
         reference: the model to take the KL to, or None where the policy is the reference itself (the KL is then 0).
         base: the reference's folder.
+        n, rewards: best of n. For each answer n are sampled, and the one with the largest reward counts; `rewards(batch)` -> [sequences].
+        record: words that name these answers in candidates.jsonl, where best of n writes all candidates with their rewards.
 
     Returns:
         "kl" in nats per completion; on the toy also "true_reward", "right_share", "rude_share", "frontier_efficiency"; and "samples", three
-        [prompt, answer]. None where nothing can be sampled.
+        [prompt, answer]. None where nothing can be sampled. For best of n the KL is an upper bound, log n - (n - 1)/n plus the mean
+        log-ratio of the picked answers between policy and reference (exact where no two candidates tie), so the efficiency is a lower one.
     """
     args = run.args
     limit = runtime.context_length(policy) - args.max_new_tokens
@@ -204,12 +208,33 @@ def judge_samples(run, policy, reference, base: str, tokenizer, rows) -> dict:
         return {"kl": None, "samples": []}
     order = [i * len(distinct) // count if count < len(distinct) else i % len(distinct) for i in range(count)]
     mine = (order + order[: -count % run.world_size])[run.rank :: run.world_size]  # every process runs the same number of passes
-    prompts, tiny = [distinct[i][1] for i in mine], runtime.is_tiny(policy)
-    seed = args.seed + 1000 * run.rank + 1
-    answers = sample(policy, prompts, tokenizer, args.max_new_tokens, seed=seed, batch_size=512 if tiny else 32, autocast=run.autocast)
-    kl = torch.zeros(len(mine))
-    if reference is not None:
-        kl = kl_of_samples(policy, reference, prompts, answers, tokenizer.pad_token_id, batch_size=256 if tiny else 4, autocast=run.autocast)
+    prompts, tiny, pad = [distinct[i][1] for i in mine], runtime.is_tiny(policy), tokenizer.pad_token_id
+    answers = sample(
+        policy,
+        [prompt for prompt in prompts for _ in range(n)],
+        tokenizer,
+        args.max_new_tokens,
+        seed=args.seed + 1000 * run.rank + 1,
+        batch_size=512 if tiny else 32,
+        autocast=run.autocast,
+    )
+    kl = torch.zeros(len(mine), dtype=torch.float64)
+    if n > 1:
+        candidates = [{"prompt": p, "completions": answers[i * n : (i + 1) * n]} for i, p in enumerate(prompts)]
+        scores = score_candidates(run, rewards, candidates, pad)  # [mine, n]
+        best = scores.argmax(1).tolist()
+        answers = [c["completions"][j] for c, j in zip(candidates, best)]
+        texts = [[text_of(tokenizer, ids) for ids in c["completions"]] for c in candidates]
+        lines = run.gather(
+            [{**record, "prompt": distinct[i][0], "answers": t, "rewards": s, "picked": j} for i, t, s, j in zip(mine, texts, scores.tolist(), best)]
+        )
+        run.append("candidates.jsonl", lines[:count])
+        if reference is not None:
+            pairs = list(zip(prompts, answers))
+            ratio = plain_logps(policy, pairs, pad, 256 if tiny else 8) - plain_logps(reference, pairs, pad, 256 if tiny else 8)
+            kl = math.log(n) - (n - 1) / n + ratio.double()
+    elif reference is not None:
+        kl = kl_of_samples(policy, reference, prompts, answers, pad, batch_size=256 if tiny else 4, autocast=run.autocast)
     found = run.gather(list(zip(mine, [text_of(tokenizer, ids) for ids in answers], kl.tolist())))[:count]
     result = {"kl": sum(nats for _, _, nats in found) / count}
     said = [(distinct[i][0], text) for i, text, _ in found]
@@ -219,11 +244,23 @@ def judge_samples(run, policy, reference, base: str, tokenizer, rows) -> dict:
         result |= toy.judge_answers(said)
         result["frontier_efficiency"] = None
         if reference is not None and tiny:  # the frontier takes hundreds of answers to each question
-            rewards = toy.reference_rewards(said[0][0], toy.answers_of(reference, tokenizer, base, args.seed))
-            result["frontier_efficiency"] = toy.frontier_efficiency(result["kl"], result["true_reward"], rewards)
+            rewards_of_reference = toy.reference_rewards(said[0][0], toy.answers_of(reference, tokenizer, base, args.seed))
+            result["frontier_efficiency"] = toy.frontier_efficiency(result["kl"], result["true_reward"], rewards_of_reference)
     first = {json.dumps(prompt): [prompt, text] for prompt, text in reversed(said)}
     result["samples"] = [first[k] for k in sorted(first)[:: max(1, len(first) // 3)][:3]]
     return result
+
+
+@torch.no_grad()
+def score_candidates(run, rewards, candidates: list[dict], pad_id: int) -> torch.Tensor:
+    """Rewards of sampled answers, [prompts, n]: each answer in a line of its own, `rewards(batch)` -> [sequences]."""
+    values, size = [], 64 if len(candidates[0]["completions"]) * data.row_length(candidates[0]) < 4096 else 4
+    for start in range(0, len(candidates), size):
+        chunk = candidates[start : start + size]
+        with run.autocast():
+            got = rewards(data.collate(chunk, pad_id, "rows", run.device))  # answer by answer
+        values.append(got.float().cpu().view(-1, len(chunk)).T)
+    return torch.cat(values)
 
 
 # --------------------------------------------------------------------------------------------------------------- report

@@ -127,6 +127,15 @@ def load_model(folder: str, device, tokenizer=None):
     return model.to(device)
 
 
+def load_weights(folder: str | Path, name: str) -> dict[str, torch.Tensor]:
+    """The weight called `name` of a model folder as {name: tensor}, or {} where its safetensors hold none of that name."""
+    for path in sorted(Path(folder).glob("model*.safetensors")):
+        with safetensors.safe_open(path, "pt") as file:
+            if name in set(file.keys()):
+                return {name: file.get_tensor(name)}
+    return {}
+
+
 def disable_dropout(model: torch.nn.Module) -> None:
     """Sets every dropout probability to 0, those of functional dropout included, and leaves the saved configuration as it is."""
     for module in model.modules():
@@ -327,6 +336,10 @@ class Run:
             "save_every": (a.save_every >= 1, "at least 1"),
             "log_every": (a.log_every >= 1, "at least 1"),
         }
+        if hasattr(a, "beta"):
+            rules["beta"] = (a.beta > 0 and math.isfinite(a.beta), "a positive number")
+        if hasattr(a, "label_smoothing"):
+            rules["label_smoothing"] = (0 <= a.label_smoothing < 0.5, "at least 0 and below 0.5")
         for name, (good, expected) in rules.items():
             if not good:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(a, name)}: expected {expected}.")
@@ -497,10 +510,15 @@ class Run:
         """One line of metrics.jsonl, and of the tracker where there is one."""
         if self.main and numbers:
             line = plain({"step": self.step, "split": split, **numbers})
-            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line, allow_nan=False) + "\n")
+            self.append("metrics.jsonl", [line])
             if self.tracker:
                 self.tracker(self.step, {f"{split}/{k}": v for k, v in numbers.items()})
+
+    def append(self, name: str, lines: list[dict]) -> None:
+        """Adds lines to a JSON-lines file of the run folder."""
+        if self.main:
+            with (self.folder / name).open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(plain(line), allow_nan=False) + "\n" for line in lines)
 
     # -- passes without gradients
 

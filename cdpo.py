@@ -1,0 +1,279 @@
+"""cDPO: conservative DPO. DPO for preference labels of which a share is wrong: training stops pushing at a finite margin.
+
+Mitchell 2023, "A note on DPO with noisy preferences", equation 3. For a prompt x with a chosen answer y_w and a rejected one y_l:
+
+    h    = [log pi(y_w|x) - log ref(y_w|x)] - [log pi(y_l|x) - log ref(y_l|x)]
+    loss = -(1 - eps) * log sigma(beta * h) - eps * log sigma(-beta * h)
+
+pi is the policy, ref the frozen model it started from; log pi(y|x) is the sum over the answer's tokens, its EOS included. eps, the share of
+labels taken to be flipped, is `--label-smoothing`. The gradient vanishes where sigma(beta * h) = 1 - eps; eps = 0 is DPO.
+
+    python cdpo.py                                                      the toy world: no network, no GPU, about a minute
+    python cdpo.py --model gpt2 --data pairs.jsonl --lr 1e-5            any causal LM of the hub or a folder, any preference pairs
+    torchrun --nproc-per-node 8 cdpo.py --model gpt2 --data pairs.jsonl --lr 1e-5
+
+Batch, as common.data.collate makes it (sequence i < batch is row i's chosen answer, batch + i its rejected one). A line holds one or both answers:
+    input_ids, position_ids [lines, length]     attention_mask [lines, length] of 0 and 1, or float [lines, 1, length, length] to add
+    source, targets, sequence [tokens]          flat position that predicts a completion token; that token; the sequence it belongs to
+    completion_tokens [2 * batch]               lengths; their number says how many sequences there are
+    ref_chosen_logps, ref_rejected_logps [batch]
+
+Differences from the authors' code:
+1. The reference's log-probabilities are computed once, before the first step, when policy and reference are the same: no second model.
+2. The prompt is computed once for both answers; logits exist only for completion tokens. Same numbers, less work.
+3. AdamW with linear decay and clipping at 1 instead of RMSprop at a constant rate and clipping at 10: today's usual choice.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass
+class Args:
+    # [method]
+    beta: float = 0.3
+    """Strength of the pull to the reference, per nat. Small: more reward, further from the reference. DPO's paper uses 0.1 to 0.5."""
+    label_smoothing: float = 0.1
+    """Share of the labels taken to be wrong, at least 0 and below 0.5; 0: DPO."""
+    # [/method]
+    model: str = "toy"
+    """toy, a hub id, or a folder (also a run of another script). The policy starts from it and it is the reference."""
+    data: str = "toy"
+    """toy, a hub id (id:subset for one of its parts), or a file of pairs: .jsonl .json .csv .parquet, each also with .gz."""
+    eval_data: str | None = None
+    """A file of held-out pairs. Without it the data's test split is used, or a share of the prompts is held out."""
+    holdout: float = 0.1
+    """Share of the prompts held out where the data has no test split."""
+    name: str = ""
+    """Name of the run's folder; empty: made from script, model and seed. An existing run is never overwritten."""
+    output_dir: str = "runs"
+    """Where run folders go."""
+    seed: int = 0
+    """Seed of the order of the data and of all sampling."""
+    resume: str = ""
+    """Folder of an interrupted run to go on with; all other arguments come from it."""
+    lr: float = 1e-3
+    """Peak learning rate of AdamW. The default suits the toy's tiny model; real models want 1e-6 to 1e-5."""
+    epochs: float = 1.0
+    """Passes over the training pairs; may be a fraction."""
+    max_steps: int = -1
+    """Optimiser steps at most; -1: no limit."""
+    batch_size: int = 32
+    """Pairs in one optimiser step, over all processes."""
+    micro_batch_size: int = 32
+    """Pairs in one forward pass of one process; smaller saves memory and changes nothing else."""
+    warmup: float = 0.1
+    """Linear warm-up: a share of all steps below 1, else a number of steps. Linear decay to 0 follows."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of AdamW."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm; inf: never."""
+    max_length: int | None = None
+    """Limit in tokens for prompt and one completion; None: the smaller of 1024 and the model's context."""
+    share_prompt: bool = True
+    """Compute a prompt once for both answers; --no-share-prompt computes it twice."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Matrix products in bfloat16 or float32; auto: bfloat16 on GPUs that have it. Weights and log-probabilities stay float32."""
+    compile: bool = False
+    """Compile the model's body with torch.compile."""
+    eval_every: int = 50
+    """Steps between held-out evaluations."""
+    save_every: int = 200
+    """Steps between checkpoints; the newest is kept."""
+    log_every: int = 10
+    """Steps between lines in metrics.jsonl."""
+    kl_samples: int = 400
+    """Answers sampled from the policy before and after training, for the KL and the toy's judgement; 0: none."""
+    max_new_tokens: int = 24
+    """Length limit of those answers, in tokens."""
+    track: Literal["none", "tensorboard", "wandb"] = "none"
+    """Where metrics also go: none, tensorboard or wandb."""
+
+
+# Logits exist for this many completion tokens at a time; with more of them, each chunk's logits are recomputed in the backward pass.
+CHUNK = 2048
+
+
+def token_logps(head, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Log-probability of each target in nats, [tokens], from the hidden states [tokens, hidden] that predict them; at least float32."""
+    logits = head(hidden)  # [tokens, vocabulary]
+    return -F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none")
+
+
+def body(model, batch: dict) -> torch.Tensor:
+    """Hidden states after the final norm, [lines * length, hidden]."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
+    return model.base_model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+
+
+def completion_logps(model, batch: dict, hidden: torch.Tensor | None = None) -> torch.Tensor:
+    """Summed (not averaged) log-probability of every completion in nats, [sequences]; `hidden` is what `body` returns, where it is at hand.
+
+    Only positions that predict a completion token reach the output layer: prompts and padding cost nothing at the vocabulary.
+    """
+    source, targets = batch["source"], batch["targets"]  # [tokens] each
+    if "logits_to_keep" in batch:  # this model's output layer does more than a product with its weights: use it as it is
+        keep, length = batch["logits_to_keep"], batch["input_ids"].shape[1]
+        logits = model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, logits_to_keep=keep).logits[:, -keep:]
+        logps = token_logps(lambda x: x, logits[source // length, source % length - (length - keep)], targets)
+    else:
+        states, head = (body(model, batch) if hidden is None else hidden)[source], model.get_output_embeddings()  # [tokens, hidden]
+        if len(targets) <= CHUNK:
+            logps = token_logps(head, states, targets)
+        else:
+            chunks = zip(states.split(CHUNK), targets.split(CHUNK))
+            logps = torch.cat([checkpoint(token_logps, head, h, t, use_reentrant=False) for h, t in chunks])
+    return logps.new_zeros(len(batch["completion_tokens"])).index_add(0, batch["sequence"], logps)
+
+
+# [method]
+def cdpo_loss(
+    policy_chosen_logps: torch.Tensor,
+    policy_rejected_logps: torch.Tensor,
+    ref_chosen_logps: torch.Tensor,
+    ref_rejected_logps: torch.Tensor,
+    beta: float,
+    label_smoothing: float,
+) -> torch.Tensor:
+    """Conservative DPO loss of each pair (Mitchell 2023, equation 3), unreduced.
+
+    Args: four summed log-probabilities in nats, each [batch]; beta, a number; label_smoothing, eps, in [0, 0.5).
+    Returns: -(1 - eps) * log sigma(beta * h) - eps * log sigma(-beta * h), [batch], h = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected).
+    Gradient: with respect to policy_chosen_logps beta * (sigma(beta * h) - (1 - eps)), to policy_rejected_logps the opposite; zero at
+    beta * h = log((1 - eps) / eps), the minimum. At policy = ref: log 2.
+    Raises ValueError where the shapes are not all [batch] or eps is out of range.
+    """
+    shapes = {tuple(x.shape) for x in (policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)}
+    if len(shapes) > 1 or policy_chosen_logps.dim() != 1:
+        raise ValueError(f"expected four tensors of one shape [batch], got {sorted(shapes)}")
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"expected label_smoothing at least 0 and below 0.5, got {label_smoothing}")
+    chosen_logratios = policy_chosen_logps - ref_chosen_logps  # [batch]
+    rejected_logratios = policy_rejected_logps - ref_rejected_logps  # [batch]
+    logits = beta * (chosen_logratios - rejected_logratios)  # [batch]
+    return -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
+
+
+# [/method]
+def pair_metrics(losses, chosen_rewards, rejected_rewards, chosen_logps, rejected_logps) -> dict[str, torch.Tensor]:
+    """Metrics of a micro-batch, each summed over its pairs, on the device. All arguments [batch]."""
+    margins = (chosen_rewards - rejected_rewards).detach()
+    return {
+        "loss": losses.detach().sum(),
+        "rewards/chosen": chosen_rewards.detach().sum(),
+        "rewards/rejected": rejected_rewards.detach().sum(),
+        "rewards/margins": margins.sum(),
+        "rewards/accuracies": ((margins > 0).float() + 0.5 * (margins == 0).float()).sum(),
+        "logps/chosen": chosen_logps.detach().sum(),
+        "logps/rejected": rejected_logps.detach().sum(),
+    }
+
+
+def compute_loss(model, batch: dict, args: Args) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss summed (not averaged) over the pairs of a micro-batch, and its metrics."""
+    # [method]
+    chosen_logps, rejected_logps = completion_logps(model, batch).chunk(2)  # [batch] each
+    ref_chosen_logps, ref_rejected_logps = batch["ref_chosen_logps"], batch["ref_rejected_logps"]  # [batch] each
+    losses = cdpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, args.beta, args.label_smoothing)  # [batch]
+    chosen_rewards = args.beta * (chosen_logps - ref_chosen_logps)  # [batch]
+    rejected_rewards = args.beta * (rejected_logps - ref_rejected_logps)  # [batch]
+    return losses.sum(), pair_metrics(losses, chosen_rewards, rejected_rewards, chosen_logps, rejected_logps)
+    # [/method]
+
+
+def main(args: Args) -> None:
+    try:
+        from common import data, evaluate, runtime
+    except ImportError as error:
+        raise SystemExit(f"Training needs the folder common/ beside this file; its functions alone do not. ({error})") from None
+    run = runtime.start(args, __file__)
+    args = run.args
+
+    # The policy, which before its first step is also the reference.
+    base = runtime.resolve_model(args.model, args.seed)
+    tokenizer = runtime.load_tokenizer(base)
+    # [method]
+    model = runtime.load_model(run.checkpoint or base, run.device, tokenizer)
+    # [/method]
+    runtime.disable_dropout(model)
+    run.prepare(model.train())
+    logps, loss_and_metrics = runtime.as_forward(model, completion_logps), runtime.as_forward(model, compute_loss)
+
+    # The rows, and the order in which training sees them.
+    splits, data_sha256 = data.load_pairs(args, tokenizer, args.max_length or min(1024, runtime.context_length(model)), run.say)
+    plan = data.plan_batches(splits["train"], args.batch_size, args.epochs, args.max_steps, args.seed)
+    layout = evaluate.choose_layout(logps, model, splits, tokenizer.pad_token_id, run.device, args.share_prompt, run.say)
+
+    def batch_of(split: str, rows: list[int]) -> dict:
+        batch = data.collate([splits[split][i] for i in rows], tokenizer.pad_token_id, layout, run.device)
+        # [method]
+        if split in ref:
+            batch["ref_chosen_logps"], batch["ref_rejected_logps"] = ref[split][rows].to(run.device).unbind(1)
+        # [/method]
+        return batch
+
+    def score(split: str) -> torch.Tensor:
+        # [method]
+        """Summed log-probabilities of chosen and rejected answers under the policy as it is now, [rows, 2]."""
+        return run.map_rows(lambda rows: logps(batch_of(split, rows)).view(2, -1).T, splits[split])
+        # [/method]
+
+    def report(split: str, reference) -> dict:
+        """The keys of the end table on one split, for the policy as it is now; `reference` None: the policy still is the reference."""
+        # [method]
+        scores = score(split)  # [rows, 2]
+        rewards = args.beta * (scores - ref[split])  # [rows, 2]
+        # [/method]
+        values = {"preference_accuracy": evaluate.accuracy(scores), "reward_accuracy": evaluate.accuracy(rewards, ties_say_nothing=True)}
+        return values | evaluate.judge_samples(run, model, reference, base, tokenizer, splits[split])
+
+    # [method]
+    ref: dict[str, torch.Tensor] = {}  # the reference's log-probabilities, [rows, 2] for each split, taken before the first step
+    ref |= run.keep("reference", lambda: {split: score(split) for split in splits})
+    # [/method]
+    before = run.remember("before", lambda: {split: report(split, None) for split in splits if split != "train"})
+    # [method]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    # [/method]
+    run.restore(model, optimizer)
+
+    for step in run.steps(len(plan)):
+        lr = run.learning_rate(step, len(plan))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        for rows, real in data.micro_batches(plan[step], args.micro_batch_size, run.rank, run.world_size):
+            with run.autocast():
+                loss, metrics = loss_and_metrics(batch_of("train", rows), args)
+            # Every pair of the step weighs the same, however it is cut; fully_shard averages gradients over processes.
+            (loss * real * run.world_size / len(plan[step])).backward()
+            run.add(metrics, real)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        # [method]
+        optimizer.step()
+        # [/method]
+        optimizer.zero_grad()
+        run.log([splits["train"][i] for i in plan[step]], grad_norm, lr)
+        if run.due(args.eval_every):
+            run.write("held_out", run.mean_metrics(lambda rows: loss_and_metrics(batch_of("held_out", rows), args)[1], splits["held_out"]))
+        if run.due(args.save_every) or run.stopping:
+            run.save(model, optimizer, tokenizer)
+
+    run.save_model(model, tokenizer, run.folder)
+    del optimizer
+    reference = run.prepare(runtime.load_model(base, run.device, tokenizer))
+    # [method]
+    columns = {"before": before, "after": {split: report(split, reference) for split in before}}
+    # [/method]
+    run.finish(columns, base, data_sha256)
+    evaluate.print_report(run, columns)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
