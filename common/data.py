@@ -11,6 +11,8 @@ import hashlib
 import io
 import json
 import random
+import sys
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -41,7 +43,7 @@ def read_rows(source: str) -> list[tuple[str, dict]]:
     try:
         content = path.read_bytes()
         content = gzip.decompress(content) if path.suffix == ".gz" else content
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{source}: cannot be read ({error}).") from None
     if kind == ".parquet":
         import pyarrow
@@ -49,7 +51,7 @@ def read_rows(source: str) -> list[tuple[str, dict]]:
 
         try:
             rows = pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist()
-        except (pyarrow.ArrowInvalid, OSError) as error:
+        except (pyarrow.ArrowException, OSError) as error:
             raise InputError(f"{source}: not a readable parquet file ({str(error).splitlines()[0]}).") from None
         found = [(f"{source}, row {i}", row) for i, row in enumerate(rows, 1)]
     else:
@@ -59,13 +61,22 @@ def read_rows(source: str) -> list[tuple[str, dict]]:
             line = content[: error.start].count(b"\n") + 1
             raise InputError(f"{source}, line {line}: not UTF-8 text (byte {error.start} of the file).") from None
         if kind == ".csv":
-            reader = csv.DictReader(io.StringIO(text, newline=""))
-            found = [(f"{source}, line {reader.line_num}", row) for row in reader]
+            csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default refuses answers of 128 KiB
+            reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)  # strict: a quote that never closes swallows no rows
+            try:
+                found = [(f"{source}, line {reader.line_num}", row) for row in reader]
+            except csv.Error as error:
+                raise InputError(f"{source}, line {reader.line_num}: not valid CSV ({error}).") from None
+            for where, row in found:
+                if None in row:
+                    raise InputError(f"{where}: more values than the header has names ({len(row) - 1}).")
         elif kind == ".json" and text.lstrip().startswith("["):
             try:
                 rows = json.loads(text)
             except json.JSONDecodeError as error:
                 raise InputError(f"{source}, line {error.lineno}: not valid JSON ({error.msg}).") from None
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{source}: not readable JSON ({error}).") from None
             found = [(f"{source}, row {i}", row) for i, row in enumerate(rows, 1)]
         else:
             found = [(f"{source}, line {i}", parse_line(source, i, line)) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
@@ -83,6 +94,8 @@ def parse_line(source: str, number: int, line: str) -> object:
         return json.loads(line)
     except json.JSONDecodeError as error:
         raise InputError(f"{source}, line {number}: not valid JSON ({error.msg} at character {error.pos + 1}).") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists nested without end
+        raise InputError(f"{source}, line {number}: not readable JSON ({error}).") from None
 
 
 def read_hub(name: str) -> dict[str, list[tuple[str, dict]]]:
@@ -181,6 +194,10 @@ def pair_of_row(where: str, row: dict) -> tuple[tuple | None, str | None]:
             return None, "the prompt is empty"
     if chosen == rejected:
         return None, "both answers are identical"
+    try:
+        json.dumps([prompt, chosen, rejected], ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:  # JSON can hold half a surrogate pair, which no tokenizer takes
+        return None, "a field is not valid Unicode text"
     return (prompt, chosen, rejected), None
 
 
@@ -217,8 +234,11 @@ def encode(tokenizer, prompt, answers: list, max_length: int) -> tuple[dict | No
     else:
         if tokenizer.chat_template is None:
             return None, "chat messages, but the tokenizer has no chat template", False
-        texts = [tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)]
-        texts += [tokenizer.apply_chat_template(prompt + answer, tokenize=False) for answer in answers]
+        try:
+            texts = [tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)]
+            texts += [tokenizer.apply_chat_template(prompt + answer, tokenize=False) for answer in answers]
+        except Exception as error:  # templates raise what they like: no system role here, roles that must alternate there
+            return None, f"the chat template refuses the messages: {(str(error) or type(error).__name__).splitlines()[0]}", False
         prompt_ids, *whole = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
         boundary = len(prompt_ids)
         if any(ids[:boundary] != prompt_ids for ids in whole):
@@ -230,7 +250,8 @@ def encode(tokenizer, prompt, answers: list, max_length: int) -> tuple[dict | No
         return None, "the prompt alone fills max_length", False
     whole = [ids if done else [*ids, eos] for ids, done in zip(whole, ended)]
     completions = [ids[boundary:max_length] for ids in whole]
-    return {"prompt": whole[0][:boundary], "completions": completions}, None, boundary < len(prompt_ids)
+    own = len(prompt_ids) - (prompt_ids[-1] == eos)  # a tokenizer that ends every text in EOS puts one behind the prompt: no boundary moved
+    return {"prompt": whole[0][:boundary], "completions": completions}, None, boundary < own
 
 
 class Rows(list):
@@ -303,9 +324,10 @@ def load_pairs(args, tokenizer, max_length: int, say=print) -> tuple[dict[str, R
     for name, (pairs, dropped) in splits.items():
         result[name] = encode_pairs(tokenizer, pairs, max_length, dropped)
         say(result[name].describe({"train": "Training rows", "held_out": "Held-out rows", "unseen": "Rows on unseen questions"}[name]))
-    if not result["train"]:
-        reasons = ", ".join(f"{n:,} {reason}" for reason, n in result["train"].dropped.most_common()) or "all were held out"
-        raise InputError(f"--data {args.data}: no usable row is left to train on ({reasons}).")
+    for name, flag, use in (("train", f"--data {args.data}", "train on"), ("held_out", f"--eval-data {args.eval_data}", "evaluate on")):
+        if not result[name] and (name == "train" or args.eval_data):
+            reasons = ", ".join(f"{n:,} {reason}" for reason, n in result[name].dropped.most_common()) or "all were held out"
+            raise InputError(f"{flag}: no usable row is left to {use} ({reasons}).")
     return result, digest
 
 
@@ -331,8 +353,11 @@ def plan_batches(rows: list[dict], batch_size: int, epochs: float, max_steps: in
     """The order of training: for each optimiser step, the indices of its rows. A pure function of its arguments, so a resumed run finds it again.
 
     Each epoch is shuffled anew. Rows of similar length are put into the same step, within windows of 16 steps, and the order of those steps is
-    shuffled again: little padding, and what a step sees stays random across the data. The last step of an epoch may be smaller.
+    shuffled again: little padding, and what a step sees stays random across the data. The last step of an epoch may be smaller; its rows are
+    random ones, since always the longest would otherwise be left for it and weigh more.
     """
+    if not rows:
+        raise ValueError("no rows to plan")
     rng, lengths = random.Random(seed), [row_length(row) for row in rows]
     plan, total = [], max(1, round(epochs * len(rows)))
     while total > 0:
@@ -340,14 +365,14 @@ def plan_batches(rows: list[dict], batch_size: int, epochs: float, max_steps: in
         rng.shuffle(order)
         order = order[: min(total, len(order))]
         total -= len(order)
-        window = 16 * batch_size
+        window, full = 16 * batch_size, len(order) - len(order) % batch_size
         steps = []
-        for start in range(0, len(order), window):
-            by_length = sorted(order[start : start + window], key=lambda i: lengths[i])
+        for start in range(0, full, window):
+            by_length = sorted(order[start : min(start + window, full)], key=lambda i: lengths[i])
             cut = [by_length[i : i + batch_size] for i in range(0, len(by_length), batch_size)]
             rng.shuffle(cut)
             steps += cut
-        plan += steps
+        plan += steps + ([order[full:]] if full < len(order) else [])
     return plan[:max_steps] if max_steps >= 0 else plan
 
 
