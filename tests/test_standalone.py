@@ -1,0 +1,166 @@
+"""Each script, copied alone into an empty folder, is a module: it imports without common/ and datasets, and its loss runs on a batch that is
+built here by hand from the description in its docstring, as somebody who copies the file would build one."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
+
+# Loss summed over the two rows where the policy is the reference and a reward head is zero; None: such a start has no known value.
+START = {"dpo": 2 * math.log(2), "cdpo": 2 * math.log(2), "dph": 2 * (2 * math.log(2) + math.log(2))}
+
+# Runs inside the empty folder, on its own: what is blocked here must not be blocked for the other tests.
+PROGRAM = '''
+import importlib, json, sys
+
+
+class Blocked:
+    """Finds nothing, loudly."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("common", "datasets"):
+            raise ImportError(f"{name} is blocked in this test")
+
+
+sys.meta_path.insert(0, Blocked())
+script = importlib.import_module(sys.argv[1])
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+torch.manual_seed(0)
+torch.set_num_threads(1)
+shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+model = LlamaForCausalLM(LlamaConfig(vocab_size=20, max_position_embeddings=32, initializer_range=0.3, **shape))
+head = hasattr(script, "add_head")
+model = script.add_head(model, {}) if head else model
+args = script.Args()
+
+# Two rows, (prompt, chosen, rejected), with prompts and answers of different length. Sequences: chosen of both rows, then rejected of both.
+rows = [([3, 4, 5], [6, 7], [8, 9, 10]), ([11, 12], [13, 14, 15, 1], [16])]
+texts = [(prompt, chosen) for prompt, chosen, _ in rows] + [(prompt, rejected) for prompt, _, rejected in rows]
+
+
+def by_line(length=7):
+    """One line for each answer, padded on the right."""
+    batch = {"input_ids": [], "position_ids": [], "attention_mask": [], "source": [], "targets": [], "sequence": [], "last": []}
+    for line, (prompt, answer) in enumerate(texts):
+        ids = prompt + answer
+        padding = [0] * (length - len(ids))
+        batch["input_ids"].append(ids + padding)
+        batch["position_ids"].append(list(range(len(ids))) + padding)
+        batch["attention_mask"].append([1] * len(ids) + padding)
+        begin = line * length + len(prompt)  # flat position of the answer's first token, which the position before predicts
+        batch["source"] += range(begin - 1, begin - 1 + len(answer))
+        batch["last"].append(begin + len(answer) - 1)
+    return finished(batch)
+
+
+def shared(length=9):
+    """One line for each row, the prompt once; a float mask keeps the answers from seeing each other."""
+    batch = {"input_ids": [], "position_ids": [], "attention_mask": [], "source": [], "targets": [], "sequence": [], "last": []}
+    ends, sources = {}, {}
+    for line, (prompt, *answers) in enumerate(rows):
+        ids, positions, owner = list(prompt), list(range(len(prompt))), [0] * len(prompt)
+        for which, answer in enumerate(answers):
+            begin = line * length + len(ids)
+            sources[2 * which + line] = [line * length + len(prompt) - 1, *range(begin, begin + len(answer) - 1)]
+            ends[2 * which + line] = begin + len(answer) - 1
+            ids += answer
+            positions += range(len(prompt), len(prompt) + len(answer))
+            owner += [1 + which] * len(answer)
+        padding = length - len(ids)
+        batch["input_ids"].append(ids + [0] * padding)
+        batch["position_ids"].append(positions + [0] * padding)
+        owner += [-1] * padding
+        sees = [[k <= q and owner[k] in (0, owner[q]) for k in range(length)] for q in range(length)]
+        batch["attention_mask"].append([[[0.0 if yes else -1e9 for yes in line] for line in sees]])
+    batch["source"] = [position for s in range(4) for position in sources[s]]
+    batch["last"] = [ends[s] for s in range(4)]
+    return finished(batch)
+
+
+def finished(batch):
+    """The rest of the batch, the same in both layouts."""
+    batch["targets"] = [token for _, answer in texts for token in answer]
+    batch["sequence"] = [s for s, (_, answer) in enumerate(texts) for _ in answer]
+    batch["completion_tokens"] = [len(answer) for _, answer in texts]
+    return {name: torch.tensor(value) for name, value in batch.items()}
+
+
+def loss(batch, ref):
+    batch["ref_chosen_logps"], batch["ref_rejected_logps"] = ref
+    value, metrics = script.compute_loss(model, batch, args)
+    model.zero_grad()
+    value.backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    assert torch.stack([g.norm() for g in gradients]).norm() > 0 and all(g.isfinite().all() for g in gradients)
+    assert abs(metrics["loss"].item() - value.item()) < 1e-6
+    return value.item()
+
+
+# Log-probabilities by the longest way round: each sequence alone, full logits, every token looked up.
+logps = []
+with torch.no_grad():
+    for prompt, answer in texts:
+        table = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+        logps.append(sum(table[len(prompt) - 1 + i, token] for i, token in enumerate(answer)))
+itself, elsewhere = torch.stack(logps).view(2, 2), torch.tensor([[-4.0, -7.0], [-5.0, -3.0]])
+found = {"start": loss(by_line(), itself), "start, shared": loss(shared(), itself)}
+if head:
+    with torch.no_grad():
+        model.score.weight.normal_()
+found |= {"moved": loss(by_line(), elsewhere), "moved, shared": loss(shared(), elsewhere)}
+print(json.dumps(found))
+'''
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """Runs Python in an empty folder that holds one script and nothing else of this repository."""
+
+    def run(script: str, *command: str) -> subprocess.CompletedProcess:
+        shutil.copyfile(ROOT / f"{script}.py", tmp_path / f"{script}.py")
+        return subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+
+    return run
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_imports_with_common_and_datasets_blocked(alone, script):
+    block = "import sys; sys.modules['common'] = sys.modules['datasets'] = None; "
+    done = alone(script, "-c", block + f"import {script}; print(callable({script}.compute_loss))")
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+
+
+@pytest.mark.parametrize("script", sorted(START))
+def test_the_loss_runs_on_a_batch_made_by_hand(alone, script):
+    done = alone(script, "-c", PROGRAM, script)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["start"] == pytest.approx(START[script], abs=2e-5)
+    assert found["start, shared"] == pytest.approx(START[script], abs=2e-5)
+    assert found["moved"] != pytest.approx(START[script], abs=1e-2)
+    assert found["moved, shared"] == pytest.approx(found["moved"], abs=1e-4)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_started_alone_it_says_so_in_one_sentence(alone, script):
+    done = alone(script, f"{script}.py")
+    assert done.returncode not in (0, 2)
+    assert done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "common" in done.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_works_alone(alone, script):
+    done = alone(script, f"{script}.py", "--help")
+    assert done.returncode == 0, done.stderr
+    assert "--lr" in done.stdout
