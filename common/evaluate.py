@@ -56,18 +56,46 @@ def sequences_of(examples: list[dict]) -> list[tuple[list[int], list[int]]]:
 
 
 @torch.no_grad()
+def changes_logits(model, ids: list[int]) -> bool:
+    """Whether the model does something to its output layer's product, as soft-capping or scaling of logits does.
+
+    Measured with a product a thousand times too large: a cap is nearly invisible on the small logits that training may begin with.
+    """
+    seen = []
+
+    def enlarge(module, inputs, output):
+        seen.append(output * 1e3)
+        return seen[-1]
+
+    hook = model.get_output_embeddings().register_forward_hook(enlarge)
+    try:
+        logits = model(input_ids=torch.tensor([ids], device=next(model.parameters()).device), use_cache=False).logits
+    finally:
+        hook.remove()
+    return not seen or not torch.equal(logits.float(), seen[-1].float())
+
+
+@torch.no_grad()
 def choose_layout(logps, model, splits: dict, pad_id: int, device, share_prompt: bool, say=print) -> str:
-    """The fastest layout of `collate` whose log-probabilities agree with the plain ones on the longest row.
+    """The fastest layout of `collate` whose log-probabilities agree with the plain ones on the longest rows.
 
     Masks that a model ignores (sliding windows, ALiBi) and output layers with scaling or soft-capping would be wrong without a word, so this
-    is measured before the first step. `logps(batch)` returns summed log-probabilities [sequences]. A change of layout is said.
+    is measured before the first step: on the longest row, and on the one with the longest prompt and answer, which a window cuts first.
+    `logps(batch)` returns summed log-probabilities [sequences]. A change of layout is said.
     """
-    longest = [max((row for rows in splits.values() for row in rows), key=data.row_length)]
+    rows = [row for rows in splits.values() for row in rows]
+    longest = [max(rows, key=data.row_length)]
+    reach = max(rows, key=lambda row: len(row["prompt"]) + max(map(len, row["completions"])))
+    longest += [reach] if reach is not longest[0] and len(reach["completions"]) == len(longest[0]["completions"]) else []
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     expected = plain_logps(model, sequences_of(longest), pad_id)
     found, what = None, {"shared": "sharing the prompt", "rows": "the gathered output layer"}
-    for layout in (["shared"] if share_prompt else []) + ["rows", "model_head"]:
+    layouts = (["shared"] if share_prompt else []) + ["rows", "model_head"]
+    if changes_logits(model, longest[0]["prompt"]):
+        layouts = ["model_head"]
+        say("This model scales or caps its logits, so its own output layer is used as it is; training is slower and right.")
+    for layout in layouts:
         try:
             got = logps(data.collate(longest, pad_id, layout, device)).float().cpu()
             gap = (got - expected).abs().max().item()
@@ -78,7 +106,7 @@ def choose_layout(logps, model, splits: dict, pad_id: int, device, share_prompt:
             break
         if layout in what:
             reason = f"is off by {gap:.2g} nats" if gap < float("inf") else f"fails ({type(got).__name__})"
-            say(f"With this model {what[layout]} {reason} on the longest row, so it is not used; training is slower and right.")
+            say(f"With this model {what[layout]} {reason} on the longest rows, so it is not used; training is slower and right.")
     torch.set_float32_matmul_precision(precision)
     if found is None:
         raise InputError("This model's log-probabilities differ between a plain forward pass and every batch layout; it cannot be trained here.")
@@ -243,7 +271,7 @@ def judge_samples(run, policy, reference, base: str, tokenizer, rows, n: int = 1
 
         result |= toy.judge_answers(said)
         result["frontier_efficiency"] = None
-        if reference is not None and tiny:  # the frontier takes hundreds of answers to each question
+        if reference is not None and tiny and len(tokenizer) < 1000:  # the frontier takes hundreds of answers to each question: cheap for tiny models only
             rewards_of_reference = toy.reference_rewards(said[0][0], toy.answers_of(reference, tokenizer, base, args.seed))
             result["frontier_efficiency"] = toy.frontier_efficiency(result["kl"], result["true_reward"], rewards_of_reference)
     first = {json.dumps(prompt): [prompt, text] for prompt, text in reversed(said)}
@@ -326,6 +354,8 @@ def main(args: Args) -> None:
     output = Path(args.output)
     if output.exists():
         raise InputError(f"--output {output}: the file exists already; choose another name.")
+    if not output.parent.is_dir():
+        raise InputError(f"--output {output}: there is no folder {output.parent}.")
     found = data.read_rows(args.data)
     for where, row in found:
         data.pair_of_row(where, row)  # a missing column stops here, before any work
