@@ -44,7 +44,7 @@ class Args:
     model: str = "toy"
     """toy, a hub id, or a folder (also a run of another script). The policy starts from it and it is the reference."""
     data: str = "toy"
-    """toy, a hub id (id:subset for one of its parts), or a file of pairs: .jsonl .json .csv .parquet, each also with .gz."""
+    """toy (toy:0.2: with a fifth of the labels flipped), a hub id (or id:subset), or a file: .jsonl .json .csv .parquet, each also with .gz."""
     eval_data: str | None = None
     """A file of held-out pairs. Without it the data's test split is used, or a share of the prompts is held out."""
     holdout: float = 0.1

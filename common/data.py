@@ -302,10 +302,10 @@ def load_pairs(args, tokenizer, max_length: int, say=print) -> tuple[dict[str, R
 
     `args` has data, eval_data, holdout and seed. Drops are counted by reason and said. Raises InputError where no row is left.
     """
-    if args.data == "toy":
-        from common import toy
+    from common import toy
 
-        splits = {name: ([tuple(p) for p in pairs], Counter()) for name, pairs in toy.pairs(args.seed).items()}
+    if (flip := toy.flip_share(args.data)) is not None:
+        splits = {name: ([tuple(p) for p in pairs], Counter()) for name, pairs in toy.pairs(args.seed, flip).items()}
         digest = sha256_of([pairs for pairs, _ in splits.values()])
     else:
         is_file = Path(args.data).exists() or Path(args.data).suffix in {".jsonl", ".json", ".csv", ".parquet", ".gz"}

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from common import data, runtime
+from common import data, runtime, toy
 from common.data import InputError
 
 # ------------------------------------------------------------------------------------------------------------- the oracle
@@ -266,9 +266,7 @@ def judge_samples(run, policy, reference, base: str, tokenizer, rows, n: int = 1
     found = run.gather(list(zip(mine, [text_of(tokenizer, ids) for ids in answers], kl.tolist())))[:count]
     result = {"kl": sum(nats for _, _, nats in found) / count}
     said = [(distinct[i][0], text) for i, text, _ in found]
-    if args.data == "toy":
-        from common import toy
-
+    if toy.flip_share(args.data) is not None:
         result |= toy.judge_answers(said)
         result["frontier_efficiency"] = None
         if reference is not None and tiny and len(tokenizer) < 1000:  # the frontier takes hundreds of answers to each question: cheap for tiny models only
@@ -312,8 +310,7 @@ def print_report(run, columns: dict[str, dict]) -> None:
     """
     if not run.main:
         return
-    toy = run.args.data == "toy"
-    titles = {"held_out": "On the questions trained for" if toy else "On held-out rows", "unseen": "On unseen questions"}
+    titles = {"held_out": "On the questions trained for" if "unseen" in columns["before"] else "On held-out rows", "unseen": "On unseen questions"}
     width = max(9, *(len(name) + 2 for name in columns))
     for split in columns["before"]:
         keys = [k for k in WORDS if k in columns["before"][split]]

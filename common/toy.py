@@ -24,6 +24,8 @@ from pathlib import Path
 
 import torch
 
+from common.data import InputError
+
 WRONG_SHARE = 0.3  # of the corpus lines: low enough that the base knows its facts, high enough that there is something to learn
 SAMPLES = 512  # answers per question sampled from the base and kept: what pairs are made of, and what the frontier is computed from
 PAIR_SAMPLES = 160  # of these, the first ones make training pairs, the next EVAL_SAMPLES held-out pairs; the rest draw the frontier
@@ -188,11 +190,25 @@ def sample_answers(model, tokenizer, count: int, seed: int) -> list[list[str]]:
 # ------------------------------------------------------------------------------------------------------- preference data
 
 
+def flip_share(name: str) -> float | None:
+    """The share of flipped training labels that `--data` asks for: 0 for `toy`, .2 for `toy:0.2`; None for what is not the toy."""
+    kind, _, share = name.partition(":")
+    if kind != "toy":
+        return None
+    try:
+        flip = float(share or 0)
+    except ValueError:
+        flip = -1.0
+    if not 0 <= flip <= 1:
+        raise InputError(f"--data {name}: expected toy, or toy: and the share of flipped labels, for example toy:0.2.")
+    return flip
+
+
 def pairs(seed: int = 0, flip: float = 0.0) -> dict[str, list[tuple[str, str, str]]]:
     """Preference pairs (prompt, chosen, rejected): "train", "held_out" (other answers to the same questions), "unseen" (other questions).
 
-    Two answers of the base model to one question; the better one is chosen with probability sigma(r*(a) - r*(b)), and a share `flip` of the
-    labels is turned round. Identical answers say nothing and are left out.
+    Two answers of the base model to one question; the better one is chosen with probability sigma(r*(a) - r*(b)), and in "train" a share
+    `flip` of the labels is then turned round. Identical answers say nothing and are left out.
     """
     answers = json.loads((base_model(seed) / "answers.json").read_text())
     rng = random.Random(seed + 1)
@@ -202,7 +218,7 @@ def pairs(seed: int = 0, flip: float = 0.0) -> dict[str, list[tuple[str, str, st
         for name, some in (("unseen", held_out),) if row["unseen"] else (("train", trained), ("held_out", held_out)):
             for a, b in zip(some[::2], some[1::2]):
                 first_better = rng.random() < 1 / (1 + math.exp(true_reward(row, b) - true_reward(row, a)))
-                first_chosen = first_better != (rng.random() < flip)
+                first_chosen = first_better != (rng.random() < flip and name == "train")
                 if a != b and a and b:
                     chosen, rejected = (a, b) if first_chosen else (b, a)
                     splits[name].append((prompt_of(row), " " + chosen, " " + rejected))
