@@ -1,7 +1,7 @@
 """The embedded toy world: a tiny language of questions and answers whose true reward is a documented rule.
 
 A question has one right answer. An answer can be right or wrong, polite or rude, short or rambling, and a person can judge it at a
-glance: `question : what is the capital of france ? answer : paris , my friend .`
+glance: `what is the capital of france ?` `it is paris , my friend .`
 
 - The base model, a Llama type of about 0.2 M parameters, is trained on question-answer lines of which WRONG_SHARE are wrong and many rude.
 - The true reward is `true_reward`: right +1, wrong -1; polite +.5; rude -1; .1 less for each word beyond eight.
@@ -146,12 +146,12 @@ def base_model(seed: int = 0) -> Path:
     return folder
 
 
-def train_base(seed: int):
+def train_base(seed: int, steps: int = 900):
     """A two-layer Llama type trained on question-answer lines, the loss on the answers only."""
     from tqdm import tqdm
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    steps, batch, peak = 900, 32, 1e-2
+    batch, peak = 32, 1e-2
     tokenizer, rows, rng = build_tokenizer(), questions(), random.Random(seed)
     torch.manual_seed(seed)
     shape = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
