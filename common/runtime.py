@@ -260,9 +260,6 @@ class Run:
         if self.main and not args.resume:
             if self.folder.exists() and any(self.folder.iterdir()):
                 raise InputError(f"{self.folder}: this run exists already; choose another --name, or go on with it: --resume {self.folder}")
-            self.folder.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(self.script, self.folder / "script.py")
-            write_json(self.folder / "args.json", {"script": self.script.name, **dataclasses.asdict(self.args)})
         self.checkpoint = self._find_checkpoint() if args.resume else None
         if self.checkpoint:
             state = json.loads((self.checkpoint / "state.json").read_text())
@@ -386,9 +383,17 @@ class Run:
 
     # -- values kept with the run
 
+    def _make_folder(self) -> None:
+        """Makes the run's folder once model and data were found to be good, so that a wrong path leaves nothing behind."""
+        if self.main and not (self.folder / "args.json").exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.script, self.folder / "script.py")
+            write_json(self.folder / "args.json", {"script": self.script.name, **dataclasses.asdict(self.args)})
+
     def keep(self, name: str, compute) -> dict[str, torch.Tensor]:
         """A dict of tensors computed once and kept in the run folder. A resumed run loads it: recomputed in other batches it would differ
         in the last digits. Random numbers are left as they were."""
+        self._make_folder()
         path = self.folder / f"{name}.safetensors"
         if self.args.resume and path.exists():
             return safetensors.torch.load_file(path)
@@ -402,6 +407,7 @@ class Run:
 
     def remember(self, name: str, compute) -> dict:
         """The same for a JSON value."""
+        self._make_folder()
         path = self.folder / f"{name}.json"
         if self.args.resume and path.exists():
             return json.loads(path.read_text(encoding="utf-8"))
