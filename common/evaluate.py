@@ -277,6 +277,18 @@ def judge_samples(run, policy, reference, base: str, tokenizer, rows, n: int = 1
     return result
 
 
+def sample_rows(run, model, tokenizer, rows: list[dict], n: int) -> list[list[list[int]]]:
+    """`n` answers sampled at temperature 1 to the prompt of each row, as token ids, [rows][n]; shared out over the processes."""
+    limit = runtime.context_length(model)
+    order = list(range(len(rows)))
+    mine = (order + order[: -len(rows) % run.world_size])[run.rank :: run.world_size]
+    room = min([run.args.max_new_tokens, *(limit - len(rows[i]["prompt"]) for i in order)])  # the longest prompt must leave room for its answer
+    prompts = [rows[i]["prompt"] for i in mine for _ in range(n)]
+    size = 512 if runtime.is_tiny(model) else 32
+    answers = sample(model, prompts, tokenizer, room, seed=run.args.seed + 1000 * run.rank + 2, batch_size=size, autocast=run.autocast) if prompts else []
+    return run.gather([answers[i * n : (i + 1) * n] for i in range(len(mine))])[: len(rows)]
+
+
 @torch.no_grad()
 def score_candidates(run, rewards, candidates: list[dict], pad_id: int) -> torch.Tensor:
     """Rewards of sampled answers, [prompts, n]: each answer in a line of its own, `rewards(batch)` -> [sequences]."""

@@ -257,9 +257,8 @@ class Run:
         self.stopping, self._signal, self._started = 0, 0, 0.0
         self._pending: list[dict] = []  # steps whose metrics are still on the device
         self._read: list[dict] = []  # steps read from it and not yet in metrics.jsonl
-        if self.main and not args.resume:
-            if self.folder.exists() and any(self.folder.iterdir()):
-                raise InputError(f"{self.folder}: this run exists already; choose another --name, or go on with it: --resume {self.folder}")
+        if self.main and not args.resume and self.folder.exists() and any(self.folder.iterdir()):
+            raise InputError(f"{self.folder}: this run exists already; choose another --name, or go on with it: --resume {self.folder}")
         self.checkpoint = self._find_checkpoint() if args.resume else None
         if self.checkpoint:
             state = json.loads((self.checkpoint / "state.json").read_text())
@@ -269,7 +268,7 @@ class Run:
         if args.resume and self.main:
             self._drop_later_metrics()
         torch.manual_seed(self.args.seed)
-        self.tracker = self._tracker()
+        self.tracker = None
 
     # -- the start
 
@@ -337,6 +336,14 @@ class Run:
             rules["beta"] = (a.beta > 0 and math.isfinite(a.beta), "a positive number")
         if hasattr(a, "label_smoothing"):
             rules["label_smoothing"] = (0 <= a.label_smoothing < 0.5, "at least 0 and below 0.5")
+        for name, least in (("lam", 0), ("prior_decay", 0), ("dph_weight", 0), ("dpo_weight", 0), ("weight_decay", 0), ("kl_samples", 0)):
+            if hasattr(a, name):
+                rules[name] = (getattr(a, name) >= least and math.isfinite(getattr(a, name)), f"at least {least}")
+        for name in ("n", "ref_samples", "max_new_tokens"):
+            if hasattr(a, name):
+                rules[name] = (getattr(a, name) >= 1, "at least 1")
+        if hasattr(a, "head_dropout"):
+            rules["head_dropout"] = (0 <= a.head_dropout < 1, "at least 0 and below 1")
         for name, (good, expected) in rules.items():
             if not good:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(a, name)}: expected {expected}.")
@@ -389,6 +396,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.script, self.folder / "script.py")
             write_json(self.folder / "args.json", {"script": self.script.name, **dataclasses.asdict(self.args)})
+        self.tracker = self.tracker or self._tracker()
 
     def keep(self, name: str, compute) -> dict[str, torch.Tensor]:
         """A dict of tensors computed once and kept in the run folder. A resumed run loads it: recomputed in other batches it would differ
