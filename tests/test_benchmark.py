@@ -1,0 +1,73 @@
+"""benchmarks/pairs.py runs, and what it compares is the same computation."""
+
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import pairs
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def quick(tmp_path, *flags: str) -> dict:
+    """Results of the smoke test, by system."""
+    command = [sys.executable, "benchmarks/pairs.py", "--quick", "--output", str(tmp_path / "out.json"), *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert {"command", "commit", "date", "machine", "threads", "versions"} <= report.keys()
+    return report["results"][0]
+
+
+def test_quick_runs_without_trl(tmp_path):
+    result = quick(tmp_path, "--systems", "ours")
+    run, summary = result["runs"]["ours"][0], result["summary"]["ours"]
+    assert run["losses"][0] == pytest.approx(math.log(2), abs=1e-5)
+    assert len(run["first_logps"]) == 8
+    assert all(x < 0 for x in run["first_logps"])
+    assert summary["tokens_per_second"]["median"] > 0
+    assert run["above_model_bytes"] > 0
+
+
+def test_quick_agrees_with_trl(tmp_path):
+    if importlib.util.find_spec("trl") is None:
+        pytest.skip("needs TRL: pip install trl")
+    result = quick(tmp_path)
+    assert result["disagreements"] == []
+    ours, *theirs = (result["runs"][system][0] for system in ("ours", "trl", "trl-tuned"))
+    for run in theirs:
+        assert run["first_logps"] == pytest.approx(ours["first_logps"], abs=1e-3)
+        # Later losses follow from the gradients and the optimiser, so these are the same too.
+        assert run["losses"] == pytest.approx(ours["losses"], abs=1e-4)
+        assert run["first_grad_norm"] == pytest.approx(ours["first_grad_norm"], rel=1e-3)
+
+
+def run_of(**changed) -> dict:
+    """What a process reports of its first step."""
+    return {"first_logps": [-300.0, -310.0], "losses": [math.log(2)], "first_grad_norm": 2.0} | changed
+
+
+@pytest.mark.parametrize(
+    "changed", [{"first_logps": [-300.0, -310.01]}, {"losses": [0.694]}, {"first_grad_norm": 2.01}, {"first_logps": [-300.0]}, {"losses": [math.nan]}]
+)
+def test_a_difference_is_found(changed):
+    assert pairs.disagreements({"ours": [run_of()], "trl": [run_of()]}) == []
+    assert pairs.disagreements({"ours": [run_of()], "trl": [run_of(**changed)]})
+
+
+def test_batches_are_those_of_the_plan():
+    batches = pairs.make_batches("tiny", 512, batch_size=3, steps=2)
+    assert [len(batch) for batch in batches] == [3, 3]
+    assert batches == pairs.make_batches("tiny", 512, batch_size=3, steps=2)
+    assert all(len(row["prompt"]) == 24 and list(map(len, row["completions"])) == [8, 8] for batch in batches for row in batch)
+
+
+def test_real_rows_fit(preference_data):
+    rows = pairs.real_rows(preference_data, 16, vocabulary=1000)
+    assert len(rows) == 16
+    assert all(len(row["prompt"]) + len(ids) <= pairs.LONGEST and max(row["prompt"] + ids) < 1000 for row in rows for ids in row["completions"])
