@@ -66,7 +66,7 @@ def read_rows(source: str) -> list[tuple[str, dict]]:
             try:
                 found = [(f"{source}, line {reader.line_num}", row) for row in reader]
             except csv.Error as error:
-                raise InputError(f"{source}, line {reader.line_num}: not valid CSV ({error}).") from None
+                raise InputError(f"{source}, line {reader.line_num + 1}: not valid CSV ({error}).") from None  # the line after the last good row
             for where, row in found:
                 if None in row:
                     raise InputError(f"{where}: more values than the header has names ({len(row) - 1}).")

@@ -73,3 +73,28 @@ def save(model, tokenizer, folder: Path) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return Path(folder)
+
+
+def byte_tokenizer(bos: bool = False, eos: bool = False, merges: tuple = (("a", "b"), ("Ġ", "t"), ("Ċ", "Ċ")), chat_template: str | None = None):
+    """A byte-level BPE tokenizer in GPT-2's manner with few merges: every text has ids, and which tokens merge is plain to see.
+
+    Args:
+        bos, eos: whether it puts <s> before, or </s> behind every text.
+        merges: in the byte alphabet, where Ġ is a space and Ċ a newline.
+    """
+    from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
+    from tokenizers import models as tokenizer_models
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["<pad>", "<s>", "</s>"]  # the ids of ENDS
+    words = [*specials, *sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in merges)]
+    tokenizer = Tokenizer(tokenizer_models.BPE({word: i for i, word in enumerate(words)}, list(merges)))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if bos or eos:
+        pattern = "<s> " * bos + "$A" + " </s>" * eos
+        tokenizer.post_processor = processors.TemplateProcessing(single=pattern, special_tokens=[("<s>", 1), ("</s>", 2)])
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **names)
+    fast.chat_template = chat_template
+    return fast
