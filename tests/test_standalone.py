@@ -13,8 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 
-# Loss summed over the two rows where the policy is the reference and a reward head is zero; None: such a start has no known value.
-START = {"dpo": 2 * math.log(2), "cdpo": 2 * math.log(2), "dph": 2 * (2 * math.log(2) + math.log(2))}
+# Loss summed over the two rows where the policy is the reference and a reward head is zero. typo: with log-probabilities alone, see `plain`.
+START = {"dpo": 2 * math.log(2), "cdpo": 2 * math.log(2), "dph": 2 * (2 * math.log(2) + math.log(2)), "typo": None}
 
 # Runs inside the empty folder, on its own: what is blocked here must not be blocked for the other tests.
 PROGRAM = '''
@@ -94,8 +94,11 @@ def finished(batch):
     return {name: torch.tensor(value) for name, value in batch.items()}
 
 
-def loss(batch, ref):
-    batch["ref_chosen_logps"], batch["ref_rejected_logps"] = ref
+def loss(batch, ref, ref_logits):
+    if "ref_sample" in script.__doc__:  # two samples of the reference for each row: the four answers serve as such
+        batch["ref_sample"] = batch | {"ref_logits": ref_logits}
+    else:
+        batch["ref_chosen_logps"], batch["ref_rejected_logps"] = ref
     value, metrics = script.compute_loss(model, batch, args)
     model.zero_grad()
     value.backward()
@@ -106,17 +109,21 @@ def loss(batch, ref):
 
 
 # Log-probabilities by the longest way round: each sequence alone, full logits, every token looked up.
-logps = []
+logps, logits = [], []
 with torch.no_grad():
     for prompt, answer in texts:
-        table = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
-        logps.append(sum(table[len(prompt) - 1 + i, token] for i, token in enumerate(answer)))
-itself, elsewhere = torch.stack(logps).view(2, 2), torch.tensor([[-4.0, -7.0], [-5.0, -3.0]])
-found = {"start": loss(by_line(), itself), "start, shared": loss(shared(), itself)}
+        table = model(torch.tensor([prompt + answer])).logits[0][len(prompt) - 1 : -1]  # what predicts the answer's tokens
+        logits.append(table)
+        logps.append(sum(table.log_softmax(-1)[i, token] for i, token in enumerate(answer)))
+chosen, rejected = torch.stack(logps).view(2, 2)
+itself = torch.stack(logps).view(2, 2), torch.cat(logits)
+elsewhere = torch.tensor([[-4.0, -7.0], [-5.0, -3.0]]), torch.zeros(len(itself[1]), 20)
+found = {"start": loss(by_line(), *itself), "start, shared": loss(shared(), *itself)}
+found["plain"] = -(chosen - rejected).sigmoid().log().sum().item()  # without a reference: -log p(chosen over rejected)
 if head:
     with torch.no_grad():
         model.score.weight.normal_()
-found |= {"moved": loss(by_line(), elsewhere), "moved, shared": loss(shared(), elsewhere)}
+found |= {"moved": loss(by_line(), *elsewhere), "moved, shared": loss(shared(), *elsewhere)}
 print(json.dumps(found))
 '''
 
@@ -144,9 +151,10 @@ def test_the_loss_runs_on_a_batch_made_by_hand(alone, script):
     done = alone(script, "-c", PROGRAM, script)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["start"] == pytest.approx(START[script], abs=2e-5)
-    assert found["start, shared"] == pytest.approx(START[script], abs=2e-5)
-    assert found["moved"] != pytest.approx(START[script], abs=1e-2)
+    expected = found["plain"] if START[script] is None else START[script]
+    assert found["start"] == pytest.approx(expected, abs=2e-5)
+    assert found["start, shared"] == pytest.approx(expected, abs=2e-5)
+    assert found["moved"] != pytest.approx(expected, abs=1e-2)
     assert found["moved, shared"] == pytest.approx(found["moved"], abs=1e-4)
 
 
