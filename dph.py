@@ -263,6 +263,7 @@ def main(args: Args) -> None:
     # The rows, and the order in which training sees them.
     splits, data_sha256 = data.load_pairs(args, tokenizer, args.max_length or min(1024, runtime.context_length(model)), run.say)
     plan = data.plan_batches(splits["train"], args.batch_size, args.epochs, args.max_steps, args.seed)
+    splits["train"], plan = data.only_planned(splits["train"], plan)
     layout = evaluate.choose_layout(logps, model, splits, tokenizer.pad_token_id, run.device, args.share_prompt, run.say)
 
     def batch_of(split: str, rows: list[int]) -> dict:

@@ -376,6 +376,14 @@ def plan_batches(rows: list[dict], batch_size: int, epochs: float, max_steps: in
     return plan[:max_steps] if max_steps >= 0 else plan
 
 
+def only_planned(rows: Rows, plan: list[list[int]]) -> tuple[Rows, list[list[int]]]:
+    """The rows that a plan uses, and the plan in their numbering: with few steps on much data nothing is computed for the other rows."""
+    used = sorted({i for step in plan for i in step})
+    place = {i: k for k, i in enumerate(used)}
+    kept = Rows([rows[i] for i in used], [rows.texts[i] for i in used], rows.seen, rows.dropped, rows.moved)
+    return kept, [[place[i] for i in step] for step in plan]
+
+
 def micro_batches(rows: list[int], size: int, rank: int = 0, world_size: int = 1) -> list[tuple[list[int], bool]]:
     """This process's share of a step as [(rows, real)], the same number of micro-batches on every process.
 
