@@ -95,19 +95,26 @@ def closed_form(method: str, target: torch.Tensor, ref: torch.Tensor, lam: float
 
 def minimise(loss, start: torch.Tensor, steps: int = 200) -> torch.Tensor:
     """Logits of a minimum of `loss(logits)`, by Newton's method with halved steps; `start` and the result [answers], centred."""
+
+    def gradient_at(logits: torch.Tensor) -> torch.Tensor:
+        point = logits.clone().requires_grad_()
+        return torch.autograd.grad(loss(point), point)[0]
+
     logits = (start - start.mean()).detach()
     n = len(logits)
     for _ in range(steps):
-        point = logits.clone().requires_grad_()
-        gradient = torch.autograd.grad(loss(point), point)[0]
-        if gradient.abs().max() < 1e-15:
+        gradient = gradient_at(logits)
+        if gradient.abs().max() < 1e-14:
             break
         hessian = torch.autograd.functional.hessian(loss, logits)
         values, vectors = torch.linalg.eigh(hessian + torch.ones(n, n, dtype=logits.dtype) / n)  # the constant direction does nothing: fix it
         step = -(vectors @ ((vectors.T @ gradient) / values.abs().clamp_min(1e-12)))
         step, size, now = step * min(1.0, 5.0 / step.abs().max().item()), 1.0, loss(logits)
-        while size > 1e-10 and not loss(logits + size * step) <= now:
+        # Near the minimum the loss no longer resolves a step that the gradient does.
+        while size > 1e-10 and not (loss(logits + size * step) < now or gradient_at(logits + size * step).abs().max() < gradient.abs().max()):
             size /= 2
+        if size <= 1e-10:
+            break
         logits = logits + size * step
     return logits - logits.mean()
 
