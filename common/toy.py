@@ -136,6 +136,9 @@ def base_model(seed: int = 0) -> Path:
                 model.save_pretrained(aside)
                 tokenizer.save_pretrained(aside)
                 (aside / "answers.json").write_text(json.dumps(sample_answers(model, tokenizer, SAMPLES, seed)))
+        except BaseException:  # Ctrl-C too: nothing half-made stays behind
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
         finally:
             torch.set_num_threads(threads)
         aside.chmod(0o755)
@@ -273,7 +276,7 @@ def frontier_efficiency(kl: float | None, reward: float, reference_rewards: torc
     low = max(i - 1, 0)
     share = 0.0 if i == low else min(1.0, (kl - kls[low].item()) / max(1e-12, (kls[i] - kls[low]).item()))
     possible = best[low].item() + share * (best[i] - best[low]).item() - start
-    return (reward - start) / possible if possible > 0 else None
+    return (reward - start) / possible if possible > 1e-9 else None  # all answers as good: what is left is rounding
 
 
 def answers_of(model, tokenizer, folder: str, seed: int) -> list[list[str]]:

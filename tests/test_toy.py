@@ -9,11 +9,12 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from common import toy
+from common import data, toy
 from common.data import InputError
 
 FRANCE = toy.row_of("what is the capital of france ?")
@@ -45,6 +46,9 @@ def splits(toy_base) -> dict[str, list[tuple[str, str, str]]]:
         ("good question : it is paris , have a nice day .", 1.1),  # polite twice counts once; twelve words
         ("use your head : it is rome , now go away .", -2.4),  # rude twice counts once
         ("good question : it is paris , you fool .", 0.3),  # polite and rude
+        ("it is parison .", -1.0),  # a part of a word is not the word
+        ("paris", 1.0),
+        ("it is paris paris .", 1.0),
         ("well , let me think about that for a while : it is paris .", 0.3),
         ("it is paris rome .", -1.0),  # naming two is not knowing
         ("it is france .", -1.0),
@@ -200,6 +204,16 @@ def test_two_builds_at_once_do_no_harm(quick, tmp_path, monkeypatch):
     assert list((tmp_path / "preference-toy").iterdir()) == [folder]
 
 
+def test_a_build_that_is_stopped_leaves_nothing_behind(quick, tmp_path, monkeypatch):
+    def stopped(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(toy, "sample_answers", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        toy.base_model(0)
+    assert list((tmp_path / "preference-toy").iterdir()) == []
+
+
 def test_the_base_loads_as_any_model_does(toy_base):
     from common import runtime
 
@@ -273,6 +287,19 @@ def test_flips_turn_their_share_of_training_labels_and_nothing_else(splits, flip
     assert turned / n == pytest.approx(flip, abs=4.5 * math.sqrt(flip * (1 - flip) / n))
 
 
+def test_the_toy_loads_as_data(splits):
+    """Nothing is dropped or cut, no boundary moves, every answer ends; another share of flips is other data to whoever keeps results by hash."""
+
+    def load(name):
+        return data.load_pairs(SimpleNamespace(data=name, eval_data=None, holdout=0.1, seed=0), toy.build_tokenizer(), 128, lambda *words: None)
+
+    loaded, digest = load("toy")
+    assert {name: len(rows) for name, rows in loaded.items()} == {name: len(pairs) for name, pairs in splits.items()}
+    assert all(rows.seen == len(rows) and not rows.dropped and not rows.moved for rows in loaded.values())
+    assert {ids[-1] for rows in loaded.values() for row in rows for ids in row["completions"]} == {2}
+    assert load("toy:0")[1] == digest != load("toy:0.2")[1]
+
+
 def test_flip_share_of_the_command_line():
     assert [toy.flip_share(name) for name in ("toy", "toy:", "toy:0.2", "toy:1", "toys", "my/toy", "toy.jsonl")] == [0.0, 0.0, 0.2, 1.0, None, None, None]
     for name in ("toy:x", "toy:-0.1", "toy:1.5", "toy:nan"):
@@ -330,6 +357,7 @@ def test_efficiency_is_null_where_it_would_divide_by_almost_nothing():
     assert toy.frontier_efficiency(0.0101, 0.05, rewards) is not None
     assert toy.frontier_efficiency(None, 0.5, rewards) is None
     assert toy.frontier_efficiency(0.5, 0.5, torch.ones(2, 3)) is None, "where all answers are as good there is nothing to gain"
+    assert toy.frontier_efficiency(1.0, 0.6, torch.full((2, 8), 0.5)) is None, "nor where rounding makes it look so"
 
 
 def test_beyond_the_largest_kl_the_best_answer_is_the_measure():
