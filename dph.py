@@ -277,7 +277,8 @@ def main(args: Args) -> None:
     def score(split: str) -> torch.Tensor:
         # [method]
         """Log-probabilities, then rewards, of chosen and rejected answers under the model as it is now, [rows, 4]."""
-        return run.map_rows(lambda rows: torch.cat(both(batch_of(split, rows))).view(4, -1).T, splits[split])
+        found = run.map_rows(lambda rows: torch.cat(both(batch_of(split, rows))).view(4, -1).T, splits[split])
+        return found.view(len(splits[split]), 4)  # a split may be empty
         # [/method]
 
     def report(split: str, reference) -> dict:

@@ -7,10 +7,12 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 
-from common import runtime, toy
+from common import data, runtime, toy
+from tests import models
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIRS = [name for name in ("dpo", "cdpo", "typo", "dph") if (ROOT / f"{name}.py").exists()]  # scripts with the same trunk
@@ -47,7 +49,7 @@ def arguments(script: str, folder: Path, **changes):
 def train(script: str, folder: Path, **changes) -> Path:
     """Runs a script's main() here and returns the run's folder."""
     module, args = arguments(script, folder, **changes)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), mock.patch.object(runtime, "draw_curves"):  # drawing takes longer than the run
         module.main(args)
     return folder
 
@@ -55,9 +57,35 @@ def train(script: str, folder: Path, **changes) -> Path:
 def resume(script: str, folder: Path, **changes) -> Path:
     """Goes on with a run here."""
     module = importlib.import_module(script)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), mock.patch.object(runtime, "draw_curves"):
         module.main(module.Args(resume=str(folder), **changes))
     return folder
+
+
+def recorded(script: str, folder: Path, **changes) -> tuple[list[list[int]], list[dict[str, torch.Tensor]]]:
+    """Trains and returns the rows of each step and each step's gradient by parameter, before clipping."""
+    plans, gradients, clip = [], [], torch.nn.utils.clip_grad_norm_
+    plan_batches, load_model, loaded = data.plan_batches, runtime.load_model, []
+
+    def plan(*args, **kwargs):
+        plans.append(plan_batches(*args, **kwargs))
+        return plans[-1]
+
+    def load(*args, **kwargs):
+        loaded.append(load_model(*args, **kwargs))
+        return loaded[-1]
+
+    def clipped(parameters, *args, **kwargs):
+        gradients.append({name: p.grad.clone() for name, p in loaded[0].named_parameters() if p.grad is not None})
+        return clip(parameters, *args, **kwargs)
+
+    with (
+        mock.patch.object(data, "plan_batches", plan),
+        mock.patch.object(runtime, "load_model", load),
+        mock.patch.object(torch.nn.utils, "clip_grad_norm_", clipped),
+    ):
+        train(script, folder, **changes)
+    return plans[0], gradients
 
 
 def lines_of(folder: Path, split: str = "train") -> list[dict]:
@@ -75,3 +103,19 @@ def start_process(words: list[str], cwd: Path = ROOT, timeout: float = 120) -> s
     """A command of the project in a process of its own, on one thread; its output as text."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run([sys.executable, *words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def gpt2_like(folder: Path, **changes) -> str:
+    """A random GPT-2 with a tokenizer in GPT-2's manner: one special token that is BOS, EOS and UNK, and no pad token."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers import models as tokenizer_models
+    from transformers import PreTrainedTokenizerFast
+
+    end = "<|endoftext|>"
+    words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "is", "Ġis", "zq", end]
+    tokenizer = Tokenizer(tokenizer_models.BPE({word: i for i, word in enumerate(words)}, [("i", "s"), ("Ġ", "is"), ("z", "q")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end, unk_token=end, clean_up_tokenization_spaces=False)
+    ends = {"bos_token_id": len(words) - 1, "eos_token_id": len(words) - 1, "pad_token_id": None}
+    return str(models.save(models.tiny_gpt2(len(words), **ends, **changes), fast, folder))
