@@ -302,7 +302,7 @@ def main(args: Args) -> None:
     prior: dict[str, torch.Tensor] = {}
     if args.prior_decay > 0 and not args.freeze_backbone:  # biases, norms and embeddings are exempt
         start = run.prepare(runtime.load_model(base, run.device, tokenizer))
-        embeddings = {id(start.get_input_embeddings().weight), id(start.get_output_embeddings().weight)}
+        embeddings = {id(m.weight) for m in start.modules() if isinstance(m, torch.nn.Embedding)} | {id(start.get_output_embeddings().weight)}
         prior = {name: p.detach() for name, p in start.named_parameters() if p.dim() > 1 and id(p) not in embeddings}
     # [/method]
     run.restore(model, optimizer)
