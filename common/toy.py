@@ -74,8 +74,10 @@ def prompt_of(row: dict) -> str:
 
 def judge(row: dict, answer: str) -> dict:
     """`right`, `polite`, `rude` (booleans) and `words` of an answer. Right: the right word is there and no other option of its kind."""
-    text = " ".join(answer.split())
-    named = {word for word in text.split() if word in row["options"]}
+    text = said = " ".join(answer.split())
+    for phrase in (*POLITE, *RUDE):  # "good question" and "happy to help" name nothing, though good and happy are opposites of something
+        said = said.replace(phrase, " ")
+    named = {word for word in said.split() if word in row["options"]}
     polite, rude = any(p in text for p in POLITE), any(p in text for p in RUDE)
     return {"right": named == {row["right"]}, "polite": polite, "rude": rude, "words": len(text.split())}
 

@@ -67,6 +67,16 @@ def test_a_word_counts_as_right_for_its_own_question_only():
     assert toy.judge(FRANCE, "it is paris three .")["right"], "a number is no answer of this kind, so it contradicts nothing"
 
 
+@pytest.mark.parametrize("row", toy.questions(), ids=lambda row: row["question"])
+def test_being_polite_or_rude_makes_no_answer_right_or_wrong(row):
+    """`good` and `happy` are answers to some questions, and stand in polite openers."""
+    wrong = next(option for option in row["options"] if option != row["right"])
+    for opener in toy.OPENERS:
+        for closer in toy.CLOSERS:
+            for word in (row["right"], wrong):
+                assert toy.judge(row, f"{opener} it is {word} {closer}")["right"] == (word == row["right"]), (opener, closer, word)
+
+
 def test_means_weigh_every_question_the_same():
     italy = toy.prompt_of(toy.row_of("what is the capital of italy ?"))
     said = [(toy.prompt_of(FRANCE), "it is paris ."), (toy.prompt_of(FRANCE), "it is rome , you fool ."), (italy, "it is rome .")]
