@@ -241,6 +241,22 @@ def test_clipping_learning_rate_and_decay_reach_the_optimiser(script, tmp_path, 
         torch.testing.assert_close(after[name], before[name] * (1 - 0.5e-3) - 1e-3 * g / (g.abs() + 1e-8), rtol=1e-4, atol=2e-6)
 
 
+@every_script
+def test_the_learning_rate_of_each_step_is_the_schedules(script, tmp_path, file13, llama, monkeypatch):
+    """What the optimiser steps with, as it is at the step, and what is logged beside it."""
+    used, step = [], torch.optim.AdamW.step
+
+    def stepping(optimizer, *args, **kwargs):
+        used.append([group["lr"] for group in optimizer.param_groups])
+        return step(optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", stepping)
+    folder = train(script, tmp_path / "run", model=llama, data=file13, batch_size=2, warmup=2.0, lr=0.01)
+    expected = [0.01 / 3, 0.02 / 3, 0.01, 0.008, 0.006, 0.004, 0.002]
+    assert [rate for (rate,) in used] == pytest.approx(expected)
+    assert [line["lr"] for line in lines_of(folder)] == pytest.approx(expected)
+
+
 # -------------------------------------------------------------------------------------------------------------- resume
 
 LONG = {"batch_size": 4, "epochs": 2, "save_every": 3, "log_every": 2, "eval_every": 3, "holdout": 0.2}  # 11 rows to train on: 2 x (4 + 4 + 3)
