@@ -374,7 +374,7 @@ GOOD = b'{"chosen": "p a", "rejected": "p b"}\n'
         ("rows.jsonl", GOOD * 3 + b'{"chosen": "caf\xe9"}\n', ["line 4", "not UTF-8"]),
         ("rows.jsonl.gz", b"this is not gzip", ["cannot be read"]),
         ("rows.jsonl.gz", gzip.compress(GOOD * 999)[:-20], ["cannot be read"]),
-        ("rows.jsonl.gz", gzip.compress(GOOD)[:14] + b"\xff" * 9 + gzip.compress(GOOD)[23:], ["cannot be read"]),
+        ("rows.jsonl.gz", gzip.compress(GOOD)[:10] + b"\xff" * 40, ["cannot be read"]),  # a whole header, and no deflate stream behind it
         ("rows.parquet", b"PAR1 this is not parquet", ["not a readable parquet file"]),
         ("rows.parquet", b"", ["not a readable parquet file"]),
         ("rows.csv", b"prompt,chosen,rejected\np,a,b\np,a,b,c\n", ["line 3", "more values than the header"]),
