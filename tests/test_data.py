@@ -592,6 +592,19 @@ def test_the_short_last_step_holds_rows_of_every_length():
     assert sum(len(step & set(longest)) for step in found) < 25  # 20 * 4 * 4 / 36 = 9 by chance; 80 were the longest always left over
 
 
+def test_rows_that_a_plan_never_uses_are_left_out():
+    found = random_rows(50)
+    rows = data.Rows(found, [f"text {i}" for i in range(50)], seen=60, dropped={"an answer is empty": 10}, moved=3)
+    plan = data.plan_batches(rows, 8, 3, 4, seed=0)
+    kept, new = data.only_planned(rows, plan)
+    assert [[kept[k] for k in step] for step in new] == [[found[i] for i in step] for step in plan]  # the same rows in the same order
+    assert [[kept.texts[k] for k in step] for step in new] == [[f"text {i}" for i in step] for step in plan]
+    assert len(kept) == len({i for step in plan for i in step}) == 32
+    assert (kept.seen, kept.dropped, kept.moved) == (60, Counter({"an answer is empty": 10}), 3)
+    whole = data.plan_batches(rows, 8, 1, -1, seed=0)
+    assert data.only_planned(rows, whole) == (found, whole)
+
+
 @pytest.mark.parametrize(("count", "size", "world"), [(32, 32, 1), (32, 8, 1), (33, 8, 1), (5, 8, 3), (1, 4, 4), (32, 4, 3), (31, 5, 2), (64, 8, 8)])
 def test_micro_batches_hold_every_row_once_over_all_processes(count, size, world):
     rows = [10 * i + 3 for i in range(count)]

@@ -218,6 +218,20 @@ def test_best_of_n_picks_the_largest_reward_and_bounds_its_kl(bigram):
     assert {line["prompt"] for line in run.said} == {"what is the capital of france ?", "what colour has snow ?"}
 
 
+def test_answers_are_sampled_for_each_row(bigram):
+    """Each answer's first token follows its own row's prompt, and the longest prompt leaves room for its answer."""
+    table = models.random_table(60, seed=3, spread=12.0)  # nearly always one word after another
+    likeliest = table.argmax(-1)
+    rows = [{"prompt": [BOS, *[5] * (i % 4), u], "completions": [[3]]} for i, u in enumerate(range(10, 30))]
+    found = evaluate.sample_rows(fake_run(), models.bigram_model(table), ENDS, rows, n=6)
+    assert [len(answers) for answers in found] == [6] * 20
+    hits = [answer[0] == likeliest[row["prompt"][-1]] for row, answers in zip(rows, found) for answer in answers]
+    assert sum(hits) / len(hits) > 0.7
+    long = evaluate.sample_rows(fake_run(max_new_tokens=99), bigram.load(), ENDS, [{"prompt": [5] * 250, "completions": [[3]]}], n=20)
+    assert max(len(answer) for answer in long[0]) == 6  # of 256 positions
+    assert evaluate.sample_rows(fake_run(), bigram.load(), ENDS, [], n=2) == []
+
+
 # ---------------------------------------------------------------------------------------------------------- the layout
 
 
