@@ -480,6 +480,16 @@ def main(args: Args) -> int:
     if any(s != "ours" for s in systems) and "trl" not in versions():
         raise data.InputError("The comparison needs TRL, which is a package for development: pip install trl. Without it: --systems ours.")
     runtime.quiet_libraries()
+    output = args.output or (None if args.quick or args.profile else ROOT / "benchmarks" / "results" / f"pairs-{device}.json")
+    about = {
+        "command": " ".join(["python", "benchmarks/pairs.py", *sys.argv[1:]]),
+        "commit": runtime.git_commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": runtime.device_name(torch.device(device)),
+        "versions": versions(),
+        "batch_size": args.batch_size,
+        "timed_steps": args.steps,
+    }
     report, found = [], []
     for model in args.models:
         with tempfile.TemporaryDirectory() as folder:
@@ -488,37 +498,31 @@ def main(args: Args) -> int:
                 rows = Path(folder) / "rows.json"
                 rows.write_text(json.dumps(make_batches(shape, vocabulary, args.batch_size, args.steps + 1)))
                 results: dict[str, list[dict]] = {system: [] for system in systems}
-                for _ in range(1 if args.profile else args.repeats):
+                for repeat in range(1 if args.profile else args.repeats):
                     for system in systems:
                         job = Job(system, folder, str(rows), args.batch_size, args.threads, device, args.profile)
                         *profiled, result = start_process(job)
                         results[system].append(result)
                         if profiled:
                             print_profile(model, shape, profiled[0])
+                        else:  # a line at once, so that a long run that is stopped has said something
+                            seconds = result["step_seconds"] + result["reference_seconds_per_step"]
+                            print(f"{model}, {shape}, {SYSTEMS[system]}, round {repeat + 1}: {seconds:.2f} s a step", file=sys.stderr, flush=True)
                 if args.profile:
                     continue
                 differences = disagreements(results)
                 table = summarise(results)
                 print_table(model, shape, table)
                 if not differences and len(systems) > 1:
-                    print("  First loss, gradient norm and log-probabilities agree to float32 rounding.")
-                print(*(f"  NOT THE SAME: {line}" for line in differences), sep="\n", end="\n" if differences else "")
+                    print("  First loss, gradient norm and log-probabilities agree to float32 rounding.", flush=True)
+                for line in differences:
+                    print(f"  NOT THE SAME: {line}", flush=True)
                 found += differences
                 report.append({"model": model, "shape": shape, "summary": table, "disagreements": differences, "runs": results})
-    output = args.output or (None if args.quick or args.profile else ROOT / "benchmarks" / "results" / f"pairs-{device}.json")
+                if output:
+                    output.parent.mkdir(parents=True, exist_ok=True)
+                    runtime.write_json(output, about | {"threads": result["threads"], "results": report})
     if output and report:
-        about = {
-            "command": " ".join(["python", "benchmarks/pairs.py", *sys.argv[1:]]),
-            "commit": runtime.git_commit(),
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "machine": runtime.device_name(torch.device(device)),
-            "threads": report[0]["runs"][systems[0]][0]["threads"],
-            "versions": versions(),
-            "batch_size": args.batch_size,
-            "timed_steps": args.steps,
-        }
-        output.parent.mkdir(parents=True, exist_ok=True)
-        runtime.write_json(output, about | {"results": report})
         print(f"\nWritten to {output}.")
     return 1 if found else 0
 
