@@ -189,7 +189,8 @@ def test_a_strong_prior_holds_the_matrices_and_nothing_else(kind, request, tmp_p
 
 @pytest.mark.parametrize("dpo_weight", [1.0, 0.0])
 def test_a_frozen_backbone_leaves_the_lm_untouched(dpo_weight, tmp_path, file13, folder):
-    run = train("dph", tmp_path / "run", model=folder, data=file13, freeze_backbone=True, dpo_weight=dpo_weight, prior_decay=0.5, weight_decay=0.5)
+    setup = {"model": folder, "data": file13, "batch_size": 13, "epochs": 4, "prior_decay": 0.5, "weight_decay": 0.5}
+    run = train("dph", tmp_path / "run", freeze_backbone=True, dpo_weight=dpo_weight, **setup)
     before, after = model_of(folder), model_of(run)
     for (name, a), (_, b) in zip(before.named_parameters(), after.named_parameters(), strict=True):
         assert torch.equal(a, b), name
