@@ -223,7 +223,7 @@ def main(args: Args) -> None:
     logps, loss_and_metrics = runtime.as_forward(model, completion_logps), runtime.as_forward(model, compute_loss)
 
     # The rows, and the order in which training sees them.
-    splits, data_sha256 = data.load_pairs(args, tokenizer, args.max_length or min(1024, runtime.context_length(model)), run.say)
+    splits, data_sha256 = data.load_pairs(args, tokenizer, runtime.length_limit(args.max_length, model), run.say)
     plan = data.plan_batches(splits["train"], args.batch_size, args.epochs, args.max_steps, args.seed)
     splits["train"], plan = data.only_planned(splits["train"], plan)
     layout = evaluate.choose_layout(logps, model, splits, tokenizer.pad_token_id, run.device, args.share_prompt, run.say)

@@ -2,8 +2,8 @@
 
     python -m common.evaluate --model runs/my-run --data pairs.jsonl --output scores.jsonl
 
-writes one line per row, in order: row, chosen_logps, rejected_logps, chosen_tokens, rejected_tokens; null values and `reason` for a row that
-cannot be used. It is deliberately plain: two lines per pair, full logits, float32, nothing gathered and nothing shared.
+writes one line per row, in order: row, chosen_logps, rejected_logps, chosen_tokens, rejected_tokens, and chosen_reward, rejected_reward where the
+folder has a reward head (a run of dph.py); null values and `reason` for a row that cannot be used. It is deliberately plain: two lines per pair, full logits, float32, nothing gathered and nothing shared.
 """
 
 import json
@@ -48,6 +48,16 @@ def plain_logps(model, sequences, pad_id: int, batch_size: int = 8) -> torch.Ten
     """Summed completion log-probabilities in nats, [sequences], float32, on the CPU: the oracle."""
     parts = [plain_token_logps(model, sequences[i : i + batch_size], pad_id)[0].sum(-1).cpu() for i in range(0, len(sequences), batch_size)]
     return torch.cat(parts)
+
+
+@torch.no_grad()
+def plain_rewards(model, head: torch.Tensor, sequences: list[tuple[list[int], list[int]]]) -> list[float]:
+    """Rewards of a head [1, hidden] at each sequence's last token, one sequence at a time without padding, float32."""
+    device, rewards = next(model.parameters()).device, []
+    for prompt, completion in sequences:
+        hidden = model.base_model(input_ids=torch.tensor([prompt + completion], device=device), use_cache=False).last_hidden_state
+        rewards.append((hidden[0, -1].float() @ head[0].float().to(device)).item())
+    return rewards
 
 
 def sequences_of(examples: list[dict]) -> list[tuple[list[int], list[int]]]:
@@ -235,7 +245,7 @@ def judge_samples(run, policy, reference, base: str, tokenizer, rows, n: int = 1
     if not distinct or count <= 0:
         return {"kl": None, "samples": []}
     order = [i * len(distinct) // count if count < len(distinct) else i % len(distinct) for i in range(count)]
-    mine = (order + order[: -count % run.world_size])[run.rank :: run.world_size]  # every process runs the same number of passes
+    mine = run.share_out(order)  # every process runs the same number of passes
     prompts, tiny, pad = [distinct[i][1] for i in mine], runtime.is_tiny(policy), tokenizer.pad_token_id
     answers = sample(
         policy,
@@ -281,7 +291,7 @@ def sample_rows(run, model, tokenizer, rows: list[dict], n: int) -> list[list[li
     """`n` answers sampled at temperature 1 to the prompt of each row, as token ids, [rows][n]; shared out over the processes."""
     limit = runtime.context_length(model)
     order = list(range(len(rows)))
-    mine = (order + order[: -len(rows) % run.world_size])[run.rank :: run.world_size]
+    mine = run.share_out(order)
     room = min([run.args.max_new_tokens, *(limit - len(rows[i]["prompt"]) for i in order)])  # the longest prompt must leave room for its answer
     prompts = [rows[i]["prompt"] for i in mine for _ in range(n)]
     size = 512 if runtime.is_tiny(model) else 32
@@ -373,13 +383,15 @@ def main(args: Args) -> None:
     model = runtime.load_model(folder, "cuda" if torch.cuda.is_available() else "cpu", tokenizer).eval()
     if runtime.is_tiny(model) and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
-    max_length = args.max_length or min(1024, runtime.context_length(model))
+    max_length = runtime.length_limit(args.max_length, model)
+    head = runtime.load_weights(folder, "score.weight").get("score.weight")  # [1, hidden] where the folder is a dph.py run, or another reward model
+    fields = ("chosen_logps", "rejected_logps", "chosen_tokens", "rejected_tokens") + (("chosen_reward", "rejected_reward") if head is not None else ())
     lines, examples, reasons = [], [], Counter()
     for number, (where, row) in enumerate(found):
         pair, reason = data.pair_of_row(where, row)
         if pair:
             example, reason, _ = data.encode(tokenizer, pair[0], list(pair[1:]), max_length)
-        line = {"row": number, "chosen_logps": None, "rejected_logps": None, "chosen_tokens": None, "rejected_tokens": None}
+        line = {"row": number, **dict.fromkeys(fields)}
         if reason:
             line["reason"] = reason
             reasons[reason] += 1
@@ -394,6 +406,8 @@ def main(args: Args) -> None:
         for i, (number, example) in enumerate(chunk):
             chosen, rejected = example["completions"]
             lines[number] |= {"chosen_logps": logps[i], "rejected_logps": logps[len(chunk) + i], "chosen_tokens": len(chosen), "rejected_tokens": len(rejected)}
+            if head is not None:
+                lines[number] |= dict(zip(fields[4:], plain_rewards(model, head, [(example["prompt"], ids) for ids in (chosen, rejected)])))
     aside = output.with_name(output.name + ".part")
     aside.write_text("".join(json.dumps(runtime.plain(line), allow_nan=False) + "\n" for line in lines), encoding="utf-8")
     os.replace(aside, output)

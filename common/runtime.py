@@ -152,6 +152,14 @@ def context_length(model) -> int:
     return next((v for k in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len") if isinstance(v := getattr(config, k, None), int)), 1 << 30)
 
 
+def length_limit(wanted: int | None, model) -> int:
+    """`--max-length`, by default the smaller of 1024 and the model's context; InputError where it is more than the context."""
+    context = context_length(model)
+    if wanted is not None and wanted > context:
+        raise InputError(f"--max-length {wanted}: the model's context has {context} positions.")
+    return wanted or min(1024, context)
+
+
 def is_tiny(model) -> bool:
     """Whether layers are so small that several CPU threads wait for each other most of the time."""
     return sum(p.numel() for p in model.parameters()) < 5_000_000
@@ -423,6 +431,11 @@ class Run:
         if self.main:
             write_json(path, value)
         return value
+
+    def share_out(self, items: list) -> list:
+        """This process's items, as many on each: the last ones are made up by repeating the first. `gather` puts them together again."""
+        whole_rounds = -(-len(items) // self.world_size) * self.world_size
+        return [items[i % len(items)] for i in range(whole_rounds)][self.rank :: self.world_size]
 
     def gather(self, items: list) -> list:
         """All processes' items in the order of `items[rank::world_size]`, on every process."""

@@ -299,3 +299,24 @@ def test_the_best_of_n_costs_at_most_its_bound(tmp_path, file13, llama):
     for column in ("after_best_of_n", "reference_best_of_n"):
         assert summary[column]["kl"] == pytest.approx(math.log(4) - 3 / 4, abs=1e-6)
     assert summary["after"]["kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_evaluate_writes_the_heads_rewards(toy_base, tmp_path):
+    """`python -m common.evaluate` on a DPH run: the rewards that a sequence-classification loader gives, null where a row is unusable."""
+    from common import evaluate
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    dph.main(dph.Args(max_steps=5, kl_samples=0, output_dir=str(tmp_path), name="run"))
+    pairs = [("what is one plus two ?", " it is three .", " it is four , you fool ."), ("what is one plus two ?", " it is three .", "")]
+    rows = [dict(zip(("prompt", "chosen", "rejected"), pair)) for pair in pairs]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluate.main(evaluate.Args(model=str(tmp_path / "run"), data=str(tmp_path / "rows.jsonl"), output=str(tmp_path / "scores.jsonl")))
+    good, bad = (json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines())
+    assert (bad["chosen_reward"], bad["rejected_reward"], bad["chosen_logps"]) == (None, None, None)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run", num_labels=1).eval()
+    for name in ("chosen", "rejected"):
+        ids = tokenizer(rows[0]["prompt"] + rows[0][name]).input_ids + [tokenizer.eos_token_id]
+        reward = model(torch.tensor([ids])).logits.item()
+        assert abs(reward) > 1e-4
+        assert good[f"{name}_reward"] == pytest.approx(reward, abs=1e-5)

@@ -167,6 +167,7 @@ def fake_run(**changes):
         device=torch.device("cpu"),
         autocast=contextlib.nullcontext,
         gather=lambda items: items,
+        share_out=list,
         append=lambda name, lines: said.extend(lines),
         said=said,
     )

@@ -123,7 +123,11 @@ def test_samples_come_from_the_reference_at_temperature_one(toy_base):
     tokenizer = runtime.load_tokenizer(toy_base)
     model = runtime.load_model(toy_base, "cpu", tokenizer).eval()
     rows = [{"prompt": tokenizer(toy.prompt_of(row)).input_ids, "completions": []} for row in toy.questions() for _ in range(6)]
-    run = type("Run", (), {"rank": 0, "world_size": 1, "autocast": None, "args": typo.Args(), "gather": staticmethod(lambda items: items)})
+    run = type(
+        "Run",
+        (),
+        {"rank": 0, "world_size": 1, "autocast": None, "args": typo.Args(), "gather": staticmethod(lambda items: items), "share_out": staticmethod(list)},
+    )
     drawn = evaluate.sample_rows(run, model, tokenizer, rows, 2)
     asked = [row for row in toy.questions() for _ in range(6)]
     right = [toy.judge(q, evaluate.text_of(tokenizer, ids))["right"] for q, answers in zip(asked, drawn) for ids in answers]
