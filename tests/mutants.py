@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAIRS = tuple(f"{name}.py" for name in ("dpo", "cdpo", "typo", "dph") if (ROOT / f"{name}.py").exists())
 WITH_REFERENCE = ("dpo.py", "cdpo.py", "dph.py")
 DATA, EVALUATE, RUNTIME, TOY = "common/data.py", "common/evaluate.py", "common/runtime.py", "common/toy.py"
-TIME_LIMIT = 120  # seconds for a test that takes a few
+TIME_LIMIT = 240  # seconds for a test that takes a few, on a busy machine too
 
 
 @dataclass
@@ -115,12 +115,12 @@ FOUNDATION = [
         "        padding = length - len(ids)\n        source, targets, sequence = source + [start + len(ids) - 1] * (padding > 0), targets + [pad_id] * (padding > 0), sequence + [parts[-1][0]] * (padding > 0)\n",
         LOGPS + "test_padding_and_company_change_nothing_on_the_table",
     ),
-    Mutant("padding visible", (DATA,), "(segments >= 0).long()", "(segments >= -1).long()", "test_data.py::test_padding_is_known_by_length_and_not_by_id"),
+    Mutant("padding visible", (DATA,), "(segments >= 0).long()", "(segments >= -1).long()", "test_data.py::test_a_batch_by_hand"),
     Mutant(
         "dropout left on",
         PAIRS,
-        "    runtime.disable_dropout(model)\n",
-        "",
+        "    for step in run.steps(len(plan)):\n",
+        "    for module in model.modules():\n        vars(module).update({'p': 0.1} if isinstance(module, torch.nn.Dropout) else {})\n    for step in run.steps(len(plan)):\n",
         TRAINING + "test_the_first_logged_loss_is_known_though_the_configuration_has_dropout",
     ),
     Mutant("functional dropout left on", (RUNTIME,), 'if "drop" in name and isinstance(value, float)', "if False", RUN + "test_disable_dropout[llama]"),
@@ -183,7 +183,7 @@ FOUNDATION = [
         "checkpoint not written aside",
         (RUNTIME,),
         'for kind in ("part", "step"))',
-        'for kind in ("step-00000000-", "step"))',
+        'for kind in ("step-9", "step"))',
         TRAINING + "test_a_kill_while_a_checkpoint_is_written_leaves_a_good_one",
     ),
     Mutant(
@@ -242,8 +242,8 @@ FOUNDATION = [
     Mutant(
         "log-softmax in bf16",
         PAIRS,
-        "logits.to(torch.promote_types(logits.dtype, torch.float32))",
-        "logits",
+        "-F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets",
+        "-F.cross_entropy(logits, targets",
         LOGPS + "test_log_softmax_is_taken_in_float32_under_autocast",
     ),
     Mutant(
