@@ -303,8 +303,9 @@ def test_the_best_of_n_costs_at_most_its_bound(tmp_path, file13, llama):
 
 def test_evaluate_writes_the_heads_rewards(toy_base, tmp_path):
     """`python -m common.evaluate` on a DPH run: the rewards that a sequence-classification loader gives, null where a row is unusable."""
-    from common import evaluate
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from common import evaluate
 
     dph.main(dph.Args(max_steps=5, kl_samples=0, output_dir=str(tmp_path), name="run"))
     pairs = [("what is one plus two ?", " it is three .", " it is four , you fool ."), ("what is one plus two ?", " it is three .", "")]
