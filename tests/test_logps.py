@@ -207,6 +207,17 @@ def test_log_softmax_is_taken_in_float32_under_autocast(script):
     assert abs(in_bf16 - exact) > 0.1  # the check can fail
 
 
+@every_script
+def test_bf16_logits_are_scored_in_float32(script):
+    """Without autocast's help, which would raise them by itself."""
+    logits = torch.randn(1000, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
+    targets = torch.arange(1000) % 50
+    got = importlib.import_module(script).token_logps(lambda x: x, logits, targets)
+    exact = logits.double().log_softmax(-1)[torch.arange(1000), targets]
+    assert got.dtype == torch.float32
+    assert (got.double() - exact).abs().max() < 1e-5
+
+
 def test_float64_stays_float64():
     import dpo
 
