@@ -180,6 +180,17 @@ def weighted(plan, gradients) -> dict[str, torch.Tensor]:
     return {name: sum(len(rows) * g[name] for rows, g in zip(plan, gradients)) for name in gradients[0]}
 
 
+def assert_close_weights(a: dict, b: dict, limit: float) -> None:
+    """Weights within `limit`, GPT-2's key biases left out: attention does not depend on them, so their gradient is rounding alone, of
+    which Adam makes steps as large as any other's."""
+    for name in a:
+        gap = (a[name] - b[name]).abs()
+        if name.endswith("attn.c_attn.bias"):
+            query, _, value = gap.chunk(3)
+            gap = torch.cat([query, value])
+        assert gap.max() <= limit, name
+
+
 def assert_same(got: dict, expected: dict) -> None:
     assert got.keys() == expected.keys()
     for name, value in expected.items():
@@ -205,8 +216,7 @@ def test_every_pair_weighs_the_same(script, batch_size, micro_batch_size, tmp_pa
 def test_micro_batches_of_1_train_like_one_of_8(tmp_path, file13, folder):
     runs = [train("dpo", tmp_path / str(size), model=folder, data=file13, micro_batch_size=size, lr=1e-3) for size in (8, 1)]
     a, b = (safetensors.torch.load_file(run / "model.safetensors") for run in runs)
-    for name in a:
-        assert (a[name] - b[name]).abs().max() < 0.1 * 1e-3 * 2, name
+    assert_close_weights(a, b, 0.1 * 1e-3 * 2)
     for x, y in zip(lines_of(runs[0]), lines_of(runs[1])):
         assert numbers(x) == pytest.approx(numbers(y), rel=1e-3, abs=1e-4)
 
@@ -306,6 +316,7 @@ def test_a_killed_run_resumes_bit_for_bit(script, tmp_path, file13, llama, monke
 
 @every_script
 def test_ctrl_c_saves_and_resumes_bit_for_bit(script, tmp_path, file13, gpt2, monkeypatch, capsys):
+    handler = signal.getsignal(signal.SIGINT)
     whole = long_run(script, tmp_path / "whole", gpt2, file13)
     at_step(monkeypatch, 5, lambda: signal.raise_signal(signal.SIGINT))
     folder = tmp_path / "stopped"
@@ -314,7 +325,7 @@ def test_ctrl_c_saves_and_resumes_bit_for_bit(script, tmp_path, file13, gpt2, mo
     assert stopped.value.code == 130
     assert f"python {script}.py --resume {folder}" in capsys.readouterr().out
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000005"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler  # given back
     assert_same_run(resume(script, folder), whole)
 
 
@@ -432,8 +443,7 @@ def test_two_processes_train_like_one(script, kind, request, tmp_path, file13, h
     two = tmp_path / "two"
     a, b = (safetensors.torch.load_file(run / "model.safetensors") for run in (one, two))
     assert a.keys() == b.keys()
-    for name in a:
-        assert (a[name] - b[name]).abs().max() <= 0.1 * 1e-3 * 2, name
+    assert_close_weights(a, b, 0.1 * 1e-3 * 2)
     for split in ("train", "held_out"):
         for x, y in zip(lines_of(one, split), lines_of(two, split), strict=True):
             assert numbers(x) == pytest.approx(numbers(y), rel=1e-3, abs=1e-3)
