@@ -124,7 +124,7 @@ def save_model(name: str, folder: Path) -> int:
 
 
 def make_batches(shape: str, vocabulary: int, batch_size: int, steps: int) -> list[list[dict]]:
-    """Rows as data.encode_pairs returns them, the first of a training plan: both systems get them in this order."""
+    """Rows as data.encode_rows returns them, the first of a training plan: both systems get them in this order."""
     rng = random.Random(0)
     if shape in SHAPES:
         prompt, completion = SHAPES[shape]
@@ -147,9 +147,9 @@ def real_rows(folder: Path, n: int, vocabulary: int) -> list[dict]:
     files = sorted((folder / "pairs").glob("hh_*.jsonl.gz"))
     if not files:
         raise data.InputError(f"--shapes hh: no pairs/hh_*.jsonl.gz in PREFERENCE_DATA, {folder}.")
-    pairs = [pair for file in files for pair in data.usable_pairs(data.read_rows(str(file)))[0]]
+    pairs = [pair for file in files for pair in data.usable(data.read_rows(str(file)), data.pair_of_row)[0]]
     random.Random(0).shuffle(pairs)
-    rows = data.encode_pairs(tokenizer, pairs[: 2 * n], LONGEST)[:n]
+    rows = data.encode_rows(tokenizer, pairs[: 2 * n], LONGEST)[:n]
     return [{"prompt": [t % vocabulary for t in r["prompt"]], "completions": [[t % vocabulary for t in c] for c in r["completions"]]} for r in rows]
 
 

@@ -271,30 +271,70 @@ class Rows(list):
         return "; ".join(parts) + "."
 
 
-def encode_pairs(tokenizer, pairs: list[tuple], max_length: int, dropped: Counter | None = None) -> Rows:
-    """Encodes (prompt, chosen, rejected); a row comes out as {"prompt": ids, "completions": [chosen ids, rejected ids]}."""
-    rows = Rows(seen=len(pairs) + sum((dropped or {}).values()), dropped=dropped)
-    for prompt, chosen, rejected in pairs:
-        example, reason, moved = encode(tokenizer, prompt, [chosen, rejected], max_length)
+def encode_rows(tokenizer, texts: list[tuple], max_length: int, dropped: Counter | None = None, answers: int = 2, extra: tuple[str, ...] = ()) -> Rows:
+    """Encodes rows (prompt, answer, ..., value, ...): `answers` answers, then a value for each name in `extra`.
+
+    A row comes out as {"prompt": ids, "completions": [ids of each answer], and the values under their names}.
+    """
+    rows = Rows(seen=len(texts) + sum((dropped or {}).values()), dropped=dropped)
+    for prompt, *rest in texts:
+        example, reason, moved = encode(tokenizer, prompt, rest[:answers], max_length)
         if reason:
             rows.dropped[reason] += 1
         else:
-            rows.append(example)
-            rows.texts.append((prompt, chosen, rejected))
+            rows.append(example | dict(zip(extra, rest[answers:])))
+            rows.texts.append((prompt, *rest))
             rows.moved += moved
     return rows
 
 
-def usable_pairs(found: list[tuple[str, dict]]) -> tuple[list[tuple], Counter]:
-    """The usable pairs among rows as read, and how many were dropped for which reason."""
-    pairs, dropped = [], Counter()
+def usable(found: list[tuple[str, dict]], of_row) -> tuple[list[tuple], Counter]:
+    """The usable ones among rows as read, and how many were dropped for which reason; `of_row(where, row)` is `pair_of_row` or one of its kind."""
+    kept, dropped = [], Counter()
     for where, row in found:
-        pair, reason = pair_of_row(where, row)
+        texts, reason = of_row(where, row)
         if reason:
             dropped[reason] += 1
         else:
-            pairs.append(pair)
-    return pairs, dropped
+            kept.append(texts)
+    return kept, dropped
+
+
+def read_splits(args, of_toy, of_row) -> tuple[dict[str, tuple[list[tuple], Counter]], str]:
+    """The rows of `--data`, before any tokenizer: {split: (rows, how many were dropped for which reason)}, and the sha256 of the rows as read.
+
+    Splits are "train", "held_out" (`--eval-data`, the data's test split, or a share of the prompts) and, on the toy, "unseen".
+
+    Args:
+        args: has data, eval_data, holdout and seed.
+        of_toy: `(seed, flip)` -> {split: rows}, the toy's rows of this kind.
+        of_row: `(where, row)` -> ((prompt, ...), None), or (None, reason) for a row to drop.
+    """
+    from common import toy
+
+    if (flip := toy.flip_share(args.data)) is not None:
+        splits = {name: ([tuple(row) for row in rows], Counter()) for name, rows in of_toy(args.seed, flip).items()}
+        return splits, sha256_of([rows for rows, _ in splits.values()])
+    is_file = Path(args.data).exists() or Path(args.data).suffix in {".jsonl", ".json", ".csv", ".parquet", ".gz"}
+    found = {"train": read_rows(args.data)} if is_file else read_hub(args.data)
+    if args.eval_data:
+        found["test"] = read_rows(args.eval_data)
+    digest = sha256_of([row for rows in found.values() for _, row in rows])
+    train, dropped = usable(found["train"], of_row)
+    if "test" in found:
+        return {"train": (train, dropped), "held_out": usable(found["test"], of_row)}, digest
+    train, held_out = split_by_prompt(train, args.holdout, args.seed)
+    return {"train": (train, dropped), "held_out": (held_out, Counter())}, digest
+
+
+def say_splits(splits: dict[str, Rows], args, say=print) -> None:
+    """Says what was read and dropped. Raises InputError where no row is left to train on, or none of `--eval-data`."""
+    for name, rows in splits.items():
+        say(rows.describe({"train": "Training rows", "held_out": "Held-out rows", "unseen": "Rows on unseen questions"}[name]))
+    for name, flag, use in (("train", f"--data {args.data}", "train on"), ("held_out", f"--eval-data {args.eval_data}", "evaluate on")):
+        if not splits[name] and (name == "train" or args.eval_data):
+            reasons = ", ".join(f"{n:,} {reason}" for reason, n in splits[name].dropped.most_common()) or "all were held out"
+            raise InputError(f"{flag}: no usable row is left to {use} ({reasons}).")
 
 
 def load_pairs(args, tokenizer, max_length: int, say=print) -> tuple[dict[str, Rows], str]:
@@ -304,31 +344,10 @@ def load_pairs(args, tokenizer, max_length: int, say=print) -> tuple[dict[str, R
     """
     from common import toy
 
-    if (flip := toy.flip_share(args.data)) is not None:
-        splits = {name: ([tuple(p) for p in pairs], Counter()) for name, pairs in toy.pairs(args.seed, flip).items()}
-        digest = sha256_of([pairs for pairs, _ in splits.values()])
-    else:
-        is_file = Path(args.data).exists() or Path(args.data).suffix in {".jsonl", ".json", ".csv", ".parquet", ".gz"}
-        found = {"train": read_rows(args.data)} if is_file else read_hub(args.data)
-        if args.eval_data:
-            found["test"] = read_rows(args.eval_data)
-        digest = sha256_of([row for rows in found.values() for _, row in rows])
-        splits = {"train": usable_pairs(found["train"])}
-        if "test" in found:
-            splits["held_out"] = usable_pairs(found["test"])
-        else:
-            pairs, dropped = splits["train"]
-            train, held_out = split_by_prompt(pairs, args.holdout, args.seed)
-            splits = {"train": (train, dropped), "held_out": (held_out, Counter())}
-    result = {}
-    for name, (pairs, dropped) in splits.items():
-        result[name] = encode_pairs(tokenizer, pairs, max_length, dropped)
-        say(result[name].describe({"train": "Training rows", "held_out": "Held-out rows", "unseen": "Rows on unseen questions"}[name]))
-    for name, flag, use in (("train", f"--data {args.data}", "train on"), ("held_out", f"--eval-data {args.eval_data}", "evaluate on")):
-        if not result[name] and (name == "train" or args.eval_data):
-            reasons = ", ".join(f"{n:,} {reason}" for reason, n in result[name].dropped.most_common()) or "all were held out"
-            raise InputError(f"{flag}: no usable row is left to {use} ({reasons}).")
-    return result, digest
+    found, digest = read_splits(args, toy.pairs, pair_of_row)
+    splits = {name: encode_rows(tokenizer, pairs, max_length, dropped) for name, (pairs, dropped) in found.items()}
+    say_splits(splits, args, say)
+    return splits, digest
 
 
 def sha256_of(value: object) -> str:

@@ -322,39 +322,26 @@ class Run:
         return dataclasses.replace(args, **{k: v for k, v in saved.items() if k in known and k != "resume"})
 
     def _check(self) -> None:
-        """Ranges of the arguments that every script has; one sentence for the first that is wrong."""
-        a = self.args
+        """Ranges of the arguments, for those that a script has; one sentence for the first that is wrong."""
+        finite = math.isfinite
         rules = {
-            "batch_size": (a.batch_size >= 1, "at least 1"),
-            "micro_batch_size": (a.micro_batch_size >= 1, "at least 1"),
-            "lr": (a.lr > 0 and math.isfinite(a.lr), "a positive number"),
-            "epochs": (a.epochs > 0, "above 0"),
-            "max_steps": (a.max_steps >= -1 and a.max_steps != 0, "at least 1, or -1 for no limit"),
-            "max_length": (a.max_length is None or a.max_length >= 2, "at least 2"),
-            "holdout": (0 <= a.holdout < 1, "at least 0 and below 1"),
-            "warmup": (a.warmup >= 0, "at least 0"),
-            "max_grad_norm": (a.max_grad_norm > 0, "above 0 (inf: no clipping)"),
-            "dtype": (a.dtype in {"auto", "float32", "bfloat16"}, "auto, float32 or bfloat16"),
-            "name": (not a.name or Path(a.name).name == a.name, "one folder name"),
-            "eval_every": (a.eval_every >= 1, "at least 1"),
-            "save_every": (a.save_every >= 1, "at least 1"),
-            "log_every": (a.log_every >= 1, "at least 1"),
+            "batch_size micro_batch_size n ref_samples max_new_tokens eval_every save_every log_every": (lambda v: v >= 1, "at least 1"),
+            "lr beta": (lambda v: v > 0 and finite(v), "a positive number"),
+            "epochs": (lambda v: v > 0, "above 0"),
+            "max_steps": (lambda v: v >= -1 and v != 0, "at least 1, or -1 for no limit"),
+            "max_length": (lambda v: v is None or v >= 2, "at least 2"),
+            "holdout head_dropout": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
+            "warmup": (lambda v: v >= 0, "at least 0"),
+            "max_grad_norm": (lambda v: v > 0, "above 0 (inf: no clipping)"),
+            "dtype": (lambda v: v in {"auto", "float32", "bfloat16"}, "auto, float32 or bfloat16"),
+            "name": (lambda v: not v or Path(v).name == v, "one folder name"),
+            "label_smoothing": (lambda v: 0 <= v < 0.5, "at least 0 and below 0.5"),
+            "lam prior_decay dph_weight dpo_weight weight_decay kl_samples": (lambda v: v >= 0 and finite(v), "at least 0"),
         }
-        if hasattr(a, "beta"):
-            rules["beta"] = (a.beta > 0 and math.isfinite(a.beta), "a positive number")
-        if hasattr(a, "label_smoothing"):
-            rules["label_smoothing"] = (0 <= a.label_smoothing < 0.5, "at least 0 and below 0.5")
-        for name, least in (("lam", 0), ("prior_decay", 0), ("dph_weight", 0), ("dpo_weight", 0), ("weight_decay", 0), ("kl_samples", 0)):
-            if hasattr(a, name):
-                rules[name] = (getattr(a, name) >= least and math.isfinite(getattr(a, name)), f"at least {least}")
-        for name in ("n", "ref_samples", "max_new_tokens"):
-            if hasattr(a, name):
-                rules[name] = (getattr(a, name) >= 1, "at least 1")
-        if hasattr(a, "head_dropout"):
-            rules["head_dropout"] = (0 <= a.head_dropout < 1, "at least 0 and below 1")
-        for name, (good, expected) in rules.items():
-            if not good:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(a, name)}: expected {expected}.")
+        for names, (good, expected) in rules.items():
+            for name in names.split():
+                if hasattr(self.args, name) and not good(getattr(self.args, name)):
+                    raise InputError(f"--{name.replace('_', '-')} {getattr(self.args, name)}: expected {expected}.")
 
     def _dtype(self):
         """The dtype of matrix products: bfloat16 on GPUs that have it, else float32. Weights, logits and sums stay float32 throughout."""
@@ -680,7 +667,7 @@ class Run:
             "device": device_name(self.device),
             "threads": torch.get_num_threads(),
             "processes": self.world_size,
-            "kl_samples": self.args.kl_samples,
+            "kl_samples": getattr(self.args, "kl_samples", None),
         }
         for name, splits in columns.items():
             for split, values in splits.items():

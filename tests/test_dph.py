@@ -49,7 +49,7 @@ def load_with_head(folder: str):
 
 def toy_examples(folder: str, rows: int = 6) -> list[dict]:
     tokenizer = runtime.load_tokenizer(folder)
-    return list(data.encode_pairs(tokenizer, [(r["prompt"], r["chosen"], r["rejected"]) for r in pairs(rows)], 128))
+    return list(data.encode_rows(tokenizer, [(r["prompt"], r["chosen"], r["rejected"]) for r in pairs(rows)], 128))
 
 
 # --------------------------------------------------------------------------------------------------------------- rewards

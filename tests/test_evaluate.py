@@ -174,7 +174,7 @@ def fake_run(**changes):
 
 
 def rows_of(tokenizer, texts):
-    return data.encode_pairs(tokenizer, [(text, " yes", " no") for text in texts], 64)
+    return data.encode_rows(tokenizer, [(text, " yes", " no") for text in texts], 64)
 
 
 def test_the_kl_of_a_judgement_is_the_mean_over_prompts_and_samples():

@@ -27,7 +27,7 @@ EXAMPLES = [
 def toy_examples(folder, rows: int = 6) -> list[dict]:
     """Encoded toy pairs of different lengths."""
     tokenizer = runtime.load_tokenizer(str(folder))
-    return list(data.encode_pairs(tokenizer, [(r["prompt"], r["chosen"], r["rejected"]) for r in pairs(rows)], 64))
+    return list(data.encode_rows(tokenizer, [(r["prompt"], r["chosen"], r["rejected"]) for r in pairs(rows)], 64))
 
 
 @pytest.fixture(params=["tiny_gpt2", "tiny_llama"])
@@ -289,7 +289,7 @@ def test_a_real_model_agrees_with_the_oracle(preference_data):
     tokenizer = runtime.load_tokenizer(folder)
     model = runtime.load_model(folder, "cpu", tokenizer).eval()
     pair = ("Once upon a time, there was a little girl", " named Lily. She loved to play.", " who saw a big red dog and ran.")
-    examples = data.encode_pairs(tokenizer, [pair, ("The cat", " sat on the mat.", " flew to the moon and back again.")], 128)
+    examples = data.encode_rows(tokenizer, [pair, ("The cat", " sat on the mat.", " flew to the moon and back again.")], 128)
     expected = plain_logps(model, sequences_of(examples), tokenizer.pad_token_id)
     for layout in LAYOUTS:
         with torch.no_grad():

@@ -179,8 +179,8 @@ def test_logged_means_weigh_every_pair_alike_over_uneven_steps(script, tmp_path,
     setup = {"model": str(tiny_llama), "data": file13, "lr": 1e-12, "log_every": 2, "micro_batch_size": 3}
     (line,) = lines_of(train(script, tmp_path / "run", **setup))
     tokenizer = runtime.load_tokenizer(str(tiny_llama))
-    rows, _ = data.usable_pairs(data.read_rows(file13))
-    sequences = evaluate.sequences_of(data.encode_pairs(tokenizer, rows, 64))
+    rows, _ = data.usable(data.read_rows(file13), data.pair_of_row)
+    sequences = evaluate.sequences_of(data.encode_rows(tokenizer, rows, 64))
     chosen, rejected = evaluate.plain_logps(model_of(tiny_llama), sequences, 0).view(2, -1).mean(1).tolist()
     assert line["logps/chosen"] == pytest.approx(chosen, abs=1e-4)
     assert line["logps/rejected"] == pytest.approx(rejected, abs=1e-4)

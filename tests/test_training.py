@@ -135,8 +135,8 @@ def test_the_first_logged_loss_is_known_though_the_configuration_has_dropout(scr
 def held_out_by_the_oracle(script: str, args, folder, base: str, file: str) -> dict[str, float]:
     """The held-out metrics of a finished run, from the saved folder alone: full logits, one line per answer, formulas as the papers write them."""
     tokenizer = runtime.load_tokenizer(str(folder))
-    rows, _ = data.usable_pairs(data.read_rows(file))
-    sequences = evaluate.sequences_of(data.encode_pairs(tokenizer, rows, 64))
+    rows, _ = data.usable(data.read_rows(file), data.pair_of_row)
+    sequences = evaluate.sequences_of(data.encode_rows(tokenizer, rows, 64))
     policy, reference = model_of(folder), model_of(base)
     logps, ref = (evaluate.plain_logps(m, sequences, tokenizer.pad_token_id).view(2, -1) for m in (policy, reference))
     h = args.beta * ((logps - ref)[0] - (logps - ref)[1])

@@ -45,7 +45,7 @@ def test_forward_kl_value_gradient_and_direction():
 def batch_with_samples(model, anchor, tokenizer, samples: int):
     """Two pairs and `samples` answers of the reference for each, and the same worked out by hand."""
     pairs = [("what is one plus two ?", " it is three .", " it is four , you fool ."), ("what colour has snow ?", " it is white .", " it is red .")]
-    rows = data.encode_pairs(tokenizer, pairs, 64)
+    rows = data.encode_rows(tokenizer, pairs, 64)
     drawn = [[tokenizer(text).input_ids[1:] + [tokenizer.eos_token_id] for text in texts[:samples]] for texts in (["it is", "open ."], ["snow it is .", "red"])]
     answers = [{"prompt": row["prompt"], "completions": d} for row, d in zip(rows, drawn)]
     batch, sample = (data.collate(x, tokenizer.pad_token_id, "shared", "cpu") for x in (rows, answers))
