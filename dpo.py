@@ -95,13 +95,35 @@ class Args:
 
 
 # Logits exist for this many completion tokens at a time; with more of them, each chunk's logits are recomputed in the backward pass.
-CHUNK = 2048
+CHUNK = 4096
+ROWS = 64  # rows of logits that are worked on together, so that they stay in the cache
+
+
+class TokenLogps(torch.autograd.Function):
+    """(logits [tokens, vocabulary], targets [tokens]) -> log softmax(logits)[target], [tokens], at least float32.
+
+    Autograd would keep the log-softmax beside the logits and add a gradient as large again. Here the logits alone are kept, and the backward pass
+    turns them into their gradient, grad * (1[target] - softmax), in place: nothing else may use them.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        wide = torch.promote_types(logits.dtype, torch.float32)  # in bfloat16 a sum over a vocabulary is off by tenths of a nat
+        totals = torch.cat([rows.to(wide).logsumexp(-1, keepdim=True) for rows in logits.split(ROWS)])  # [tokens, 1]
+        ctx.save_for_backward(logits, targets[:, None], totals)
+        return (logits.gather(-1, targets[:, None]) - totals).squeeze(-1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        logits, targets, totals = ctx.saved_tensors
+        for rows, y, total, g in zip(*(x.split(ROWS) for x in (logits, targets, totals, grad[:, None]))):
+            rows.copy_((rows - total).exp_().mul_(-g).scatter_add_(-1, y, g))
+        return logits, None
 
 
 def token_logps(head, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Log-probability of each target in nats, [tokens], from the hidden states [tokens, hidden] that predict them; at least float32."""
-    logits = head(hidden)  # [tokens, vocabulary]
-    return -F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none")
+    return TokenLogps.apply(head(hidden), targets)
 
 
 def body(model, batch: dict) -> torch.Tensor:

@@ -242,9 +242,19 @@ FOUNDATION = [
     Mutant(
         "log-softmax in bf16",
         PAIRS,
-        "-F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets",
-        "-F.cross_entropy(logits, targets",
+        "wide = torch.promote_types(logits.dtype, torch.float32)",
+        "wide = logits.dtype",
         LOGPS + "test_bf16_logits_are_scored_in_float32",
+    ),
+    Mutant(
+        "gradient of the log-softmax without the target", PAIRS, ".mul_(-g).scatter_add_(-1, y, g)", ".mul_(-g)", LOGPS + "test_token_logps_gradient_is_exact"
+    ),
+    Mutant(
+        "gradient that forgets what comes from above",
+        PAIRS,
+        "(logits, targets, totals, grad[:, None])",
+        "(logits, targets, totals, torch.ones_like(grad)[:, None])",
+        LOGPS + "test_token_logps_gradient_is_exact",
     ),
     Mutant(
         "a chunk left out",

@@ -218,6 +218,36 @@ def test_bf16_logits_are_scored_in_float32(script):
     assert (got.double() - exact).abs().max() < 1e-5
 
 
+@every_script
+def test_token_logps_gradient_is_exact(script):
+    """With more rows than one group has: weight * (1[target] - softmax) in closed form, and autograd through torch's own log-softmax."""
+    module = importlib.import_module(script)
+    generator = torch.Generator().manual_seed(0)
+    tokens = module.ROWS + 7
+    hidden, head = torch.randn(tokens, 3, dtype=torch.float64, generator=generator), torch.nn.Linear(3, 11).double()
+    targets = torch.arange(tokens) % 11
+    weights = torch.randn(tokens, dtype=torch.float64, generator=generator)  # what comes from above differs from token to token
+    logits = head(hidden).detach().requires_grad_()
+    closed_form = weights[:, None] * (torch.nn.functional.one_hot(targets, 11) - logits.detach().softmax(-1))
+    (weights * module.token_logps(lambda x: x, logits, targets)).sum().backward()
+    torch.testing.assert_close(logits.grad, closed_form, rtol=1e-10, atol=1e-12)
+    hidden.requires_grad_()
+    inputs = (hidden, head.weight, head.bias)
+    got = torch.autograd.grad((weights * module.token_logps(head, hidden, targets)).sum(), inputs)
+    expected = torch.autograd.grad((weights * head(hidden).log_softmax(-1)[torch.arange(tokens), targets]).sum(), inputs)
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
+@every_script
+def test_a_second_backward_through_used_up_logits_is_refused(script):
+    """The logits have become their gradient; going back through them again must not give numbers."""
+    hidden = torch.randn(3, 4, requires_grad=True)
+    logps = importlib.import_module(script).token_logps(torch.nn.Linear(4, 5), hidden, torch.tensor([0, 1, 2]))
+    logps.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logps.sum().backward()
+
+
 def test_float64_stays_float64():
     import dpo
 

@@ -215,3 +215,16 @@ def test_kl_of_samples_on_bigram_tables():
     expected = torch.stack([per_row[[a[-1], *b[:-1]]].sum() for a, b in zip(prompts, completions)])
     got = evaluate.kl_of_samples(models.bigram_model(p), models.bigram_model(q), prompts, completions, 0, batch_size=2)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+
+
+def test_the_fused_gelu_is_the_same_function(tiny_gpt2):
+    """Logits of GPT-2 as transformers loads it, and of the same file here; what is saved names the activation as it was."""
+    from transformers import AutoModelForCausalLM
+
+    plain, fused = AutoModelForCausalLM.from_pretrained(tiny_gpt2).eval(), runtime.load_model(tiny_gpt2, "cpu").eval()
+    kinds = [{type(module).__name__ for module in model.modules()} for model in (plain, fused)]
+    assert ["NewGELUActivation" in k for k in kinds] == [True, False]
+    ids = torch.arange(4, 24)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(fused(ids).logits, plain(ids).logits, rtol=0, atol=1e-5)
+    assert fused.config.activation_function == plain.config.activation_function == "gelu_new"
