@@ -498,7 +498,56 @@ METHODS = [
     ),
 ]
 
-TABLE = FOUNDATION + METHODS
+TYPO = "test_typo.py::"
+TYPO_TERMS = TYPO + "test_loss_is_the_supervised_term_plus_lambda_times_the_sum_over_tokens"
+DESIDERATA = [
+    Mutant(
+        "typo: rejected minus chosen",
+        ("typo.py",),
+        "-F.logsigmoid(policy_chosen_logps - policy_rejected_logps)",
+        "-F.logsigmoid(policy_rejected_logps - policy_chosen_logps)",
+        TYPO + "test_supervised_term_against_its_gradient",
+    ),
+    Mutant(
+        "typo: reverse KL",
+        ("typo.py",),
+        "return (log_ref.exp() * (log_ref - policy_logits.log_softmax(-1))).sum(-1)",
+        "return (policy_logits.softmax(-1) * (policy_logits.log_softmax(-1) - log_ref)).sum(-1)",
+        TYPO + "test_forward_kl_value_gradient_and_direction",
+    ),
+    Mutant(
+        "typo: KL averaged over the vocabulary",
+        ("typo.py",),
+        "(log_ref - policy_logits.log_softmax(-1))).sum(-1)",
+        "(log_ref - policy_logits.log_softmax(-1))).mean(-1)",
+        TYPO + "test_forward_kl_value_gradient_and_direction",
+    ),
+    Mutant("typo: lambda grows with the samples", ("typo.py",), "kl.view(-1, len(losses)).mean(0)", "kl.view(-1, len(losses)).sum(0)", TYPO_TERMS + "[2]"),
+    Mutant("typo: KL without lambda", ("typo.py",), "losses + args.lam * kl.view", "losses + kl.view", TYPO_TERMS),
+    Mutant(
+        "typo: each answer of a pair with the whole lambda",
+        ("typo.py",),
+        "losses - args.lam / 2 * (chosen_logps",
+        "losses - args.lam * (chosen_logps",
+        TYPO + "test_pairs_term",
+    ),
+    Mutant(
+        "typo: the policy is its own reference",
+        ("typo.py",),
+        "runtime.as_forward(anchor, completion_logits)",
+        "runtime.as_forward(model, completion_logits)",
+        TYPO + "test_large_lambda_stays_at_the_reference",
+    ),
+    Mutant(
+        "reference samples sharpened",
+        (EVALUATE,),
+        "seed=run.args.seed + 1000 * run.rank + 2",
+        "temperature=0.3, seed=run.args.seed + 1000 * run.rank + 2",
+        TYPO + "test_samples_come_from_the_reference_at_temperature_one",
+    ),
+]
+
+TABLE = FOUNDATION + METHODS + DESIDERATA
 
 
 # ------------------------------------------------------------------------------------------------------------- the work
