@@ -269,8 +269,10 @@ def main(args: Args) -> None:
 
     for step in run.steps(len(plan)):
         lr = run.learning_rate(step, len(plan))
+        # [method]
         for group in optimizer.param_groups:
             group["lr"] = lr
+        # [/method]
         for rows, real in data.micro_batches(plan[step], args.micro_batch_size, run.rank, run.world_size):
             with run.autocast():
                 loss, metrics = loss_and_metrics(batch_of("train", rows), args)

@@ -49,6 +49,8 @@ class Args:
     """cDPO's pull to the reference, per nat. The authors use 0.1."""
     freeze_backbone: bool = False
     """Train the head alone; the LM stays as it was, to the last bit."""
+    head_lr: float | None = None
+    """Peak learning rate of the head; None: --lr. The head starts from zero, so where --lr suits a pretrained backbone it wants one 10 to 100 times larger."""
     head_dropout: float = 0.0
     """Dropout probability on the hidden state that goes into the head."""
     prior_decay: float = 0.0
@@ -319,8 +321,10 @@ def main(args: Args) -> None:
     # [/method]
     before = run.remember("before", lambda: {split: report(split, None) for split in splits if split != "train"})
     # [method]
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    head = {"params": [model.score.weight], "share": (args.head_lr or args.lr) / args.lr}  # "share": of the learning rate at hand
+    backbone = {"params": [p for p in model.parameters() if p.requires_grad and p is not model.score.weight], "share": 1.0}
+    groups = [group for group in (backbone, head) if group["params"]]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     prior: dict[str, torch.Tensor] = {}
     if args.prior_decay > 0 and not args.freeze_backbone:  # biases, norms and embeddings are exempt
         start = run.prepare(runtime.load_model(base, run.device, tokenizer))
@@ -331,8 +335,10 @@ def main(args: Args) -> None:
 
     for step in run.steps(len(plan)):
         lr = run.learning_rate(step, len(plan))
+        # [method]
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["share"]
+        # [/method]
         for rows, real in data.micro_batches(plan[step], args.micro_batch_size, run.rank, run.world_size):
             with run.autocast():
                 loss, metrics = loss_and_metrics(batch_of("train", rows), args)

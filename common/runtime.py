@@ -339,6 +339,7 @@ class Run:
             "epochs": (lambda v: v > 0, "above 0"),
             "max_steps": (lambda v: v >= -1 and v != 0, "at least 1, or -1 for no limit"),
             "max_length": (lambda v: v is None or v >= 2, "at least 2"),
+            "head_lr": (lambda v: v is None or (v > 0 and finite(v)), "a positive number"),
             "holdout head_dropout": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
             "warmup": (lambda v: v >= 0, "at least 0"),
             "max_grad_norm": (lambda v: v > 0, "above 0 (inf: no clipping)"),

@@ -10,7 +10,7 @@ import torch
 import dph
 from common import data, evaluate, runtime
 from tests import models
-from tests.runs import gpt2_like, lines_of, model_of, pairs, train, write_pairs
+from tests.runs import gpt2_like, lines_of, model_of, pairs, resume, train, write_pairs
 
 EPS = 0.1
 EXAMPLES = [
@@ -144,6 +144,31 @@ def test_the_head_learns(tmp_path, file13, llama):
     lines = lines_of(run)
     assert lines[-1]["rewards/accuracies"] > 0.9
     assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_head_has_its_own_learning_rate(stopped, tmp_path, file13, llama, monkeypatch):
+    """AdamW's first step moves every weight by its learning rate; a stopped run goes on with both rates."""
+    given = {"model": llama, "data": file13, "lr": 1e-4, "head_lr": 1e-2, "warmup": 0.0, "max_steps": 2, "epochs": 2, "save_every": 1}
+    whole = train("dph", tmp_path / "whole", **given)
+    if stopped:
+        saved = runtime.Run.save
+
+        def save_and_die(self, *values):
+            saved(self, *values)
+            raise RuntimeError("killed")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(runtime.Run, "save", save_and_die)
+            with pytest.raises(RuntimeError, match="killed"):
+                train("dph", tmp_path / "part", **given)
+        assert (resume("dph", tmp_path / "part") / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    else:
+        one = train("dph", tmp_path / "one", **{**given, "max_steps": 1})
+        head = runtime.load_weights(one, "score.weight")["score.weight"]
+        assert head.abs().max().item() == pytest.approx(1e-2, rel=1e-3)
+        before, after = model_of(llama).state_dict(), model_of(one).state_dict()
+        assert max((after[name] - before[name]).abs().max().item() for name in before) == pytest.approx(1e-4, rel=1e-2)
 
 
 # ------------------------------------------------------------------------------------------------------ prior and dropout
