@@ -563,7 +563,7 @@ def copy_of_tree(folder: Path) -> Path:
 def run_tests(tree: Path, nodes: list[str], limit: float) -> tuple[list[ElementTree.Element], str]:
     """(test cases with their outcome, the end of pytest's output); no case where pytest did not come to an end."""
     report = tree / "report.xml"
-    words = ["-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={report}", "-o", "junit_logging=no", *nodes]
+    words = ["-m", "pytest", "-p", "no:cacheprovider", "-n", "0", f"--junitxml={report}", "-o", "junit_logging=no", *nodes]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(tree)}
     try:
         process = subprocess.run([sys.executable, *words], cwd=tree, env=environment, capture_output=True, text=True, timeout=limit)

@@ -136,7 +136,12 @@ BREAKS = {
     "a method's name in a name of the trunk": ("dpo.py", TRUNK_LINE, "        dpo_lr = lr\n" + TRUNK_LINE, "dpo.py:{line}: the trunk names a method, dpo"),
     "a renamed helper": ("cdpo.py", "def pair_metrics(", "def metrics_of(", "cdpo.py:{line}: differs from the trunk"),
     "common at the top": ("dpo.py", "import torch\n", "from common import data\nimport torch\n", "dpo.py:{line}: common is imported outside of main"),
-    "datasets in a function": ("dpo.py", "    logits = head(hidden)", "    import datasets\n    logits = head(hidden)", "datasets is imported outside of main"),
+    "datasets in a function": (
+        "dpo.py",
+        "    return TokenLogps.apply(head(hidden), targets)",
+        "    import datasets\n    return TokenLogps.apply(head(hidden), targets)",
+        "datasets is imported outside of main",
+    ),
     "a script imports a script": ("dpo.py", "import torch\n", "import cdpo\nimport torch\n", "dpo.py:{line}: a script imports the script cdpo"),
     "common imports a script": (
         "common/data.py",
