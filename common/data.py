@@ -5,12 +5,17 @@ between; the prompt's tokens are the same in all answers of a row; one EOS ends 
 used is dropped and counted; a file that cannot be read stops the run with file, line and field.
 """
 
+import bisect
 import csv
+import functools
 import gzip
 import hashlib
 import io
 import json
+import math
 import random
+import re
+import statistics
 import sys
 import zlib
 from collections import Counter
@@ -154,6 +159,15 @@ def split_implicit_prompt(chosen: str, rejected: str) -> tuple[str, str, str]:
     return chosen[:cut], chosen[cut:], rejected[cut:]
 
 
+def is_unicode(value: object) -> bool:
+    """Whether texts can be encoded: JSON can hold half a surrogate pair, which no tokenizer takes."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def pair_of_row(where: str, row: dict) -> tuple[tuple | None, str | None]:
     """((prompt, chosen, rejected), None), each a string or a list of messages, or (None, reason) for a row to drop.
 
@@ -194,16 +208,14 @@ def pair_of_row(where: str, row: dict) -> tuple[tuple | None, str | None]:
             return None, "the prompt is empty"
     if chosen == rejected:
         return None, "both answers are identical"
-    try:
-        json.dumps([prompt, chosen, rejected], ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError:  # JSON can hold half a surrogate pair, which no tokenizer takes
+    if not is_unicode([prompt, chosen, rejected]):
         return None, "a field is not valid Unicode text"
     return (prompt, chosen, rejected), None
 
 
 def split_by_prompt(rows: list[tuple], share: float, seed: int) -> tuple[list, list]:
     """(train, held out): `share` of the distinct prompts, never of the rows, is held out. A row's first element is its prompt."""
-    keys = [json.dumps(row[0]) for row in rows]
+    keys = [json.dumps(row[0] or row[1]) for row in rows]  # without a prompt the text itself decides
     distinct = sorted(set(keys))
     random.Random(seed).shuffle(distinct)
     held = set(distinct[: round(share * len(distinct))])
@@ -217,7 +229,8 @@ def encode(tokenizer, prompt, answers: list, max_length: int) -> tuple[dict | No
     """Token ids of one prompt and its answers.
 
     Args:
-        prompt: a string, or a list of messages, which goes through the tokenizer's chat template.
+        prompt: a string, or a list of messages, which goes through the tokenizer's chat template. An empty one becomes the token that the
+            tokenizer begins a text with, or EOS where it has none.
         answers: strings or lists of messages.
         max_length: limit in tokens for the prompt and one completion; completions lose their end.
 
@@ -229,6 +242,8 @@ def encode(tokenizer, prompt, answers: list, max_length: int) -> tuple[dict | No
     if isinstance(prompt, str):
         prompt_ids = tokenizer(prompt).input_ids
         whole = [tokenizer(prompt + answer).input_ids for answer in answers]
+        if not prompt and not prompt_ids:  # nothing precedes the text and the tokenizer begins it with nothing: EOS stands for its beginning
+            prompt_ids, whole = [eos], [[eos, *ids] for ids in whole]
         boundary = min(common_prefix(prompt_ids, ids) for ids in whole)
         ended = [bool(ids) and ids[-1] == eos for ids in whole]
     else:
@@ -346,6 +361,141 @@ def load_pairs(args, tokenizer, max_length: int, say=print) -> tuple[dict[str, R
 
     found, digest = read_splits(args, toy.pairs, pair_of_row)
     splits = {name: encode_rows(tokenizer, pairs, max_length, dropped) for name, (pairs, dropped) in found.items()}
+    say_splits(splits, args, say)
+    return splits, digest
+
+
+def number_of(value: object, from_text: bool) -> float | None:
+    """A label as a number: a finite number, or true or false; as text too where the file has nothing else (.csv). None for all others."""
+    if from_text and isinstance(value, str):
+        word = value.strip().lower()
+        try:
+            value = {"true": True, "false": False}[word] if word in {"true", "false"} else float(word)
+        except ValueError:
+            return None
+    if not isinstance(value, (bool, int, float)):
+        return None
+    try:
+        value = float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return None
+    return value if math.isfinite(value) else None
+
+
+def labelled_of_row(where: str, row: dict, unlabelled: bool = False) -> tuple[tuple | None, str | None]:
+    """((prompt, answer, label), None), texts as strings or lists of messages and the label a float, or (None, reason) for a row to drop.
+
+    The answer is in `completion` or `response`, or all is in `text` and there is no prompt; the label is in `label` or `score`. Raises InputError
+    where a column is missing. unlabelled: rows without a label are demonstrations, with label 1.
+    """
+    names = ", ".join(map(str, row)) or "none"
+    answer = next((name for name in ("completion", "response", "text") if name in row), None)
+    label = next((name for name in ("label", "score") if name in row), None)
+    if answer is None or (answer != "text" and "prompt" not in row):
+        what = 'no field "prompt"' if answer else 'no field "completion" or "response"'
+        raise InputError(f"{where}: {what}; expected prompt and completion (or response), or text alone (found {names}).")
+    if label is None and not unlabelled:
+        raise InputError(f'{where}: no field "label" or "score"; expected one of them beside {answer} (found {names}).')
+    prompt, text = "" if answer == "text" else row["prompt"], row[answer]
+    if is_messages(prompt) and isinstance(text, str):
+        text = [{"role": "assistant", "content": text}]
+    if is_messages(prompt) and is_messages(text):
+        if not all(m["content"].strip() for m in text):
+            return None, "the answer is empty"
+    elif not isinstance(prompt, str) or not isinstance(text, str):
+        return None, "a field is neither text nor chat messages"
+    elif not text.strip():
+        return None, "the answer is empty"
+    elif answer != "text" and not prompt.strip():
+        return None, "the prompt is empty"
+    value = 1.0 if label is None or (unlabelled and row[label] is None) else number_of(row[label], re.search(r"\.csv(\.gz)?, line \d+$", where) is not None)
+    if value is None:
+        return None, "the label is not a finite number"
+    if not is_unicode([prompt, text]):
+        return None, "a field is not valid Unicode text"
+    return (prompt, text, value), None
+
+
+def scale_of(labels: list[float], how: str):
+    """(function to [0, 1] fitted to labels, words that tell it). how: "minmax", linear; "quantile", the share of the labels that are smaller, ties
+    counting one half. Values outside what was seen go to 0 or 1."""
+    ordered = sorted(labels)
+    low, high = ordered[0], ordered[-1]
+    if low == high:
+        raise InputError(f"--label-scale {how}: all training labels are {low:g}, so there is nothing to scale.")
+    if how == "minmax":
+        return lambda z: min(1.0, max(0.0, (z - low) / (high - low))), f"Labels scaled linearly: {low:g} becomes 0, {high:g} becomes 1."
+    marks = ", ".join(f"{ordered[round(q * (len(ordered) - 1))]:g} becomes about {q:g}" for q in (0, 0.25, 0.5, 0.75, 1))
+    words = f"Labels replaced by their quantile among the training labels: {marks}."
+    return lambda z: (bisect.bisect_left(ordered, z) + bisect.bisect_right(ordered, z)) / (2 * len(ordered)), words
+
+
+def load_labelled(args, tokenizer, max_length: int, say=print, unlabelled: bool = False) -> tuple[dict[str, Rows], str, str]:
+    """Labelled answers as {"train": Rows, "held_out": Rows, "unseen": Rows (toy only)}, the sha256 of the rows as read, and the kind of labels,
+    "binary" (all 0 or 1) or "continuous".
+
+    `args` has data, eval_data, holdout, seed, from_pairs, labels and label_scale. An example has "label", a float. What was found is said. Raises
+    InputError where no row is left.
+    """
+    from common import toy
+
+    if args.from_pairs:
+        found, digest = read_splits(args, toy.pairs, pair_of_row)
+        found = {
+            name: ([row for prompt, good, bad in rows for row in ((prompt, good, 1.0), (prompt, bad, 0.0))], dropped) for name, (rows, dropped) in found.items()
+        }
+    else:
+        toys = functools.partial(toy.labelled, continuous=args.labels == "continuous")
+        found, digest = read_splits(args, toys, functools.partial(labelled_of_row, unlabelled=unlabelled))
+    labels = [label for _, _, label in found["train"][0]]
+    kind = args.labels if args.labels != "auto" else "binary" if set(labels) <= {0.0, 1.0} else "continuous"
+    if kind == "binary":
+        for name, (rows, dropped) in found.items():
+            good = [row for row in rows if row[2] in {0.0, 1.0}]
+            dropped["the label is neither 0 nor 1"] += len(rows) - len(good)
+            found[name] = (good, +dropped)
+    if args.label_scale != "none":
+        if kind == "binary":
+            raise InputError(f"--label-scale {args.label_scale}: the labels are binary; --labels continuous to take them as numbers.")
+        scale, words = scale_of(labels, args.label_scale)
+        found = {name: ([(p, a, scale(z)) for p, a, z in rows], dropped) for name, (rows, dropped) in found.items()}
+        say(words)
+    splits = {name: encode_rows(tokenizer, rows, max_length, dropped, answers=1, extra=("label",)) for name, (rows, dropped) in found.items()}
+    say_splits(splits, args, say)
+    labels = [example["label"] for example in splits["train"]]
+    told = "as --labels says" if args.labels != "auto" else "as the data shows"
+    share = sum(z == 1 for z in labels) / len(labels)
+    if kind == "binary":
+        say(f"Labels: binary, {told}; of the training rows {share:.1%} are positive (1), {1 - share:.1%} negative (0).")
+    else:
+        mean, spread = statistics.fmean(labels), statistics.pstdev(labels)
+        say(f"Labels: continuous, {told}; {min(labels):g} to {max(labels):g}, mean {mean:.3g}, standard deviation {spread:.3g}; {share:.1%} are exactly 1.")
+    return splits, digest, kind
+
+
+def demonstration_of_row(where: str, row: dict) -> tuple[tuple | None, str | None]:
+    """((prompt, answer), None) or (None, reason): the chosen side of a pair, or an answer without a label or labelled 1."""
+    if "chosen" in row:
+        texts, reason = pair_of_row(where, row)
+        return (texts[:2] if texts else None), reason
+    texts, reason = labelled_of_row(where, row, unlabelled=True)
+    if texts and texts[2] != 1:
+        return None, "not labelled 1, so no demonstration"
+    return (texts[:2] if texts else None), reason
+
+
+def load_demonstrations(args, tokenizer, max_length: int, say=print) -> tuple[dict[str, Rows], str]:
+    """Demonstrations as {"train": Rows, "held_out": Rows, "unseen": Rows (toy only)}, and the sha256 of the rows as read.
+
+    `args` has data, eval_data, holdout and seed. On the toy they are the chosen answers of the pairs. Raises InputError where no row is left.
+    """
+    from common import toy
+
+    def chosen(seed: int, flip: float) -> dict:
+        return {name: [(prompt, answer) for prompt, answer, _ in pairs] for name, pairs in toy.pairs(seed, flip).items()}
+
+    found, digest = read_splits(args, chosen, demonstration_of_row)
+    splits = {name: encode_rows(tokenizer, rows, max_length, dropped, answers=1) for name, (rows, dropped) in found.items()}
     say_splits(splits, args, say)
     return splits, digest
 

@@ -198,6 +198,26 @@ def accuracy(scores: torch.Tensor, ties_say_nothing: bool = False) -> float | No
     return ((chosen > rejected).double() + 0.5 * (chosen == rejected).double()).mean().item()
 
 
+def concordance(scores: torch.Tensor, labels: torch.Tensor) -> float | None:
+    """Share of the couples of rows with different labels whose scores are ordered as their labels, ties counting one half: for binary labels the
+    area under the ROC curve.
+
+    Args:
+        scores, labels: [rows].
+
+    Returns:
+        None where all labels are the same, or all scores are, as rewards are before the first step.
+    """
+    if scores.shape != labels.shape or scores.dim() != 1:
+        raise ValueError(f"expected scores and labels of one shape [rows], got {tuple(scores.shape)} and {tuple(labels.shape)}")
+    ordered = couples = 0.0
+    for score, label in zip(scores.split(512), labels.split(512)):
+        above = label[:, None] > labels[None]  # [some rows, rows]
+        couples += above.sum().item()
+        ordered += ((score[:, None] > scores[None]) & above).sum().item() + 0.5 * ((score[:, None] == scores[None]) & above).sum().item()
+    return ordered / couples if couples and bool((scores != scores[0]).any()) else None
+
+
 @torch.no_grad()
 def kl_of_samples(policy, reference, prompts: list[list[int]], completions: list[list[int]], pad_id: int, batch_size: int = 16, autocast=None) -> torch.Tensor:
     """KL(policy || reference) in nats along each completion sampled from the policy: [samples], float64.
@@ -316,6 +336,9 @@ def score_candidates(run, rewards, candidates: list[dict], pad_id: int) -> torch
 WORDS = {
     "preference_accuracy": "preferred answer more likely than the other",
     "reward_accuracy": "preferred answer has the higher reward",
+    "logps_auc": "better labelled answer more likely than the other",
+    "reward_auc": "better labelled answer has the higher reward",
+    "perplexity": "perplexity per token of the demonstrations",
     "kl": "KL to the reference, nats per answer",
     "true_reward": "true reward of sampled answers",
     "right_share": "right answers",

@@ -245,6 +245,12 @@ def plain(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def means_of(sums: dict[str, float], rows: int) -> dict[str, float]:
+    """Summed metrics as means over rows, or, where there is a "count NAME" beside a NAME, over what that counts; nan where it counts nothing."""
+    counts = {name: sums.get(f"count {name}", rows) for name in sums if not name.startswith("count ")}
+    return {name: sums[name] / count if count else math.nan for name, count in counts.items()}
+
+
 def write_json(path: Path, value) -> None:
     """Writes aside and renames, so that the file is whole at any moment."""
     aside = path.with_name(path.name + ".part")
@@ -340,6 +346,9 @@ class Run:
             "max_steps": (lambda v: v >= -1 and v != 0, "at least 1, or -1 for no limit"),
             "max_length": (lambda v: v is None or v >= 2, "at least 2"),
             "head_lr": (lambda v: v is None or (v > 0 and finite(v)), "a positive number"),
+            "partition_lr": (lambda v: v > 0 and finite(v), "a positive number"),
+            "beta_log_z": (finite, "a finite number"),
+            "positive_weight negative_weight": (lambda v: v >= 0 and finite(v), "at least 0"),
             "holdout head_dropout": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
             "warmup": (lambda v: v >= 0, "at least 0"),
             "max_grad_norm": (lambda v: v > 0, "above 0 (inf: no clipping)"),
@@ -479,7 +488,8 @@ class Run:
                 signal.signal(number, handler)
 
     def add(self, metrics: dict, real: bool) -> None:
-        """Adds a micro-batch's summed metrics to the step at hand. They stay on the device until they are logged."""
+        """Adds a micro-batch's summed metrics to the step at hand. They stay on the device until they are logged, as means over its rows, or over
+        "count NAME" where that stands beside NAME."""
         if not self._pending or "step" in self._pending[-1]:
             self._pending.append({"sums": {}})
         sums = self._pending[-1]["sums"]
@@ -496,7 +506,8 @@ class Run:
             self._read_metrics()
         if self.due(self.args.log_every):
             steps, self._read = self._read, []
-            means = {name: sum(p["sums"][name] for p in steps) / sum(p["rows"] for p in steps) for name in steps[0]["sums"]}
+            sums = {name: sum(p["sums"][name] for p in steps) for name in steps[0]["sums"]}
+            means = means_of(sums, sum(p["rows"] for p in steps))
             self.write("train", {**means, "grad_norm": steps[-1]["grad_norm"], "lr": lr})
         now = time.perf_counter()
         self.seconds += now - self._started  # steps wait for the device only where metrics are read, so single steps may seem short or long
@@ -575,7 +586,7 @@ class Run:
         table = torch.stack(list(sums.values()))
         if self.world_size > 1:
             dist.all_reduce(table)
-        return dict(zip(sums, (table / len(rows)).tolist()))
+        return means_of(dict(zip(sums, table.tolist())), len(rows))
 
     # -- checkpoints
 

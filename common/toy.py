@@ -231,6 +231,26 @@ def pairs(seed: int = 0, flip: float = 0.0) -> dict[str, list[tuple[str, str, st
     return splits
 
 
+def labelled(seed: int = 0, flip: float = 0.0, continuous: bool = False) -> dict[str, list[tuple[str, str, float]]]:
+    """Labelled answers (prompt, answer, label) to the questions of `pairs`, from the same answers of the base model, each labelled alone.
+
+    The label is 1 with probability sigma(r*), else 0, or with `continuous` sigma(r*) itself; in "train" a share `flip` of the labels z becomes 1 - z.
+    """
+    answers = json.loads((base_model(seed) / "answers.json").read_text())
+    rng = random.Random(seed + 2)
+    splits: dict[str, list] = {"train": [], "held_out": [], "unseen": []}
+    for row, texts in zip(questions(), answers):
+        trained, held_out = texts[:PAIR_SAMPLES], texts[PAIR_SAMPLES : PAIR_SAMPLES + EVAL_SAMPLES]
+        for name, some in (("unseen", held_out),) if row["unseen"] else (("train", trained), ("held_out", held_out)):
+            for text in filter(None, some):
+                good = 1 / (1 + math.exp(-true_reward(row, text)))
+                drawn, flipped = rng.random() < good, rng.random() < flip and name == "train"
+                label = good if continuous else float(drawn)
+                splits[name].append((prompt_of(row), " " + text, 1 - label if flipped else label))
+    rng.shuffle(splits["train"])
+    return splits
+
+
 # ------------------------------------------------------------------------------------------------------------- judgement
 
 
