@@ -547,7 +547,91 @@ DESIDERATA = [
     ),
 ]
 
-TABLE = FOUNDATION + METHODS + DESIDERATA
+LABELLED, LABELS = "test_labelled.py::", "test_labelled_losses.py::"
+BOTH = ("pointwise_dpo.py", "ulma.py")
+BY_HAND = LABELLED + "test_the_loss_of_a_batch_by_hand"
+ONE_ANSWER = [
+    Mutant(
+        "point-wise: positive and negative exchanged",
+        ("pointwise_dpo.py",),
+        "return -labels * F.logsigmoid(h) - (1 - labels) * F.logsigmoid(-h)",
+        "return -labels * F.logsigmoid(-h) - (1 - labels) * F.logsigmoid(h)",
+        LABELS + "test_binary_gradients_in_closed_form",
+    ),
+    Mutant(
+        "point-wise: the constant inside beta",
+        ("pointwise_dpo.py",),
+        "h = beta * (policy_logps - ref_logps) + beta_log_z",
+        "h = beta * (policy_logps - ref_logps + beta_log_z)",
+        LABELS + "test_the_constant_is_added_after_beta",
+    ),
+    Mutant(
+        "ulma: the likelihood scaled by beta",
+        ("ulma.py",),
+        "return -labels * policy_logps -",
+        "return -labels * beta * policy_logps -",
+        LABELS + "test_values_where_the_policy_is_the_reference",
+    ),
+    Mutant(
+        "ulma: every label above a half is a demonstration",
+        ("ulma.py",),
+        "torch.where(labels == 1, -policy_logps",
+        "torch.where(labels > 0.5, -policy_logps",
+        LABELS + "test_continuous_gradients_in_closed_form",
+    ),
+    Mutant(
+        "weights of the classes exchanged",
+        BOTH,
+        "(labels == 1, args.positive_weight, args.negative_weight)",
+        "(labels == 1, args.negative_weight, args.positive_weight)",
+        BY_HAND,
+    ),
+    Mutant("beta log Z not added", BOTH, 'return torch.full_like(batch["labels"], args.beta_log_z)', 'return torch.zeros_like(batch["labels"])', BY_HAND),
+    Mutant(
+        "the partition reads the answer",
+        BOTH,
+        'first = batch["completion_tokens"].cumsum(0) - batch["completion_tokens"]',
+        'first = batch["completion_tokens"].cumsum(0) - 1',
+        LABELLED + "test_prompt_states_are_those_of_the_prompt_alone",
+    ),
+    Mutant(
+        "the partition at the policy's learning rate",
+        BOTH,
+        '"share": args.partition_lr / args.lr',
+        '"share": 1.0',
+        LABELLED + "test_a_learned_partition_moves_with_its_own_rate_and_is_saved",
+    ),
+    Mutant(
+        "a class's mean over all rows",
+        (RUNTIME,),
+        'counts = {name: sums.get(f"count {name}", rows)',
+        "counts = {name: rows",
+        LABELLED + "test_means_over_a_class_are_over_that_class",
+    ),
+    Mutant(
+        "sft: a mean over rows",
+        ("sft.py",),
+        "run.world_size / tokens).backward()",
+        "run.world_size / len(plan[step])).backward()",
+        LABELLED + "test_sft_is_the_mean_over_the_tokens_of_a_step",
+    ),
+    Mutant(
+        "the rejected answer labelled good",
+        (DATA,),
+        "((prompt, good, 1.0), (prompt, bad, 0.0))",
+        "((prompt, good, 1.0), (prompt, bad, 1.0))",
+        LABELLED + "test_pairs_become_two_rows_of_one_split",
+    ),
+    Mutant(
+        "quantiles without ties",
+        (DATA,),
+        "(bisect.bisect_left(ordered, z) + bisect.bisect_right(ordered, z)) / (2 * len(ordered))",
+        "bisect.bisect_left(ordered, z) / len(ordered)",
+        LABELLED + "test_scales",
+    ),
+]
+
+TABLE = FOUNDATION + METHODS + DESIDERATA + ONE_ANSWER
 
 
 # ------------------------------------------------------------------------------------------------------------- the work

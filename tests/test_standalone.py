@@ -1,6 +1,7 @@
 """Each script, copied alone into an empty folder, is a module: it imports without common/ and datasets, and its loss runs on a batch that is
 built here by hand from the description in its docstring, as somebody who copies the file would build one."""
 
+import importlib
 import json
 import math
 import shutil
@@ -128,6 +129,58 @@ print(json.dumps(found))
 '''
 
 
+# Loss summed over rows with one answer, from their summed log-probabilities, those of the reference and labels, as each script's docstring writes it.
+ONE_ANSWER = {
+    "pointwise_dpo": lambda args, logps, ref, z: sum(-math.log(sigma((1 if y else -1) * args.beta * (p - r))) for p, r, y in zip(logps, ref, z)),
+    "ulma": lambda args, logps, ref, z: sum(-p if y else -math.log(sigma(-args.beta * (p - r))) for p, r, y in zip(logps, ref, z)),
+    "sft": lambda args, logps, ref, z: -sum(logps),
+}
+
+ONE_ANSWER_PROGRAM = """
+import importlib, json, sys
+
+sys.modules["common"] = sys.modules["datasets"] = None
+script = importlib.import_module(sys.argv[1])
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+torch.manual_seed(0)
+torch.set_num_threads(1)
+shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+model = LlamaForCausalLM(LlamaConfig(vocab_size=20, max_position_embeddings=32, initializer_range=0.3, **shape))
+rows, length = [([3, 4, 5], [6, 7]), ([11], [13, 14, 15, 1]), ([8, 9], [10])], 5
+batch = {name: [] for name in ("input_ids", "position_ids", "attention_mask", "source", "targets", "sequence", "completion_tokens")}
+logps = []
+for line, (prompt, answer) in enumerate(rows):
+    ids = prompt + answer
+    padding = [0] * (length - len(ids))
+    batch["input_ids"].append(ids + padding)
+    batch["position_ids"].append(list(range(len(ids))) + padding)
+    batch["attention_mask"].append([1] * len(ids) + padding)
+    begin = line * length + len(prompt)  # flat position of the answer's first token, which the position before predicts
+    batch["source"] += range(begin - 1, begin - 1 + len(answer))
+    batch["targets"] += answer
+    batch["sequence"] += [line] * len(answer)
+    batch["completion_tokens"].append(len(answer))
+    with torch.no_grad():
+        table = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    logps.append(sum(table[t, ids[t + 1]].item() for t in range(len(prompt) - 1, len(ids) - 1)))
+batch = {name: torch.tensor(value) for name, value in batch.items()}
+ref, labels = [-4.0, -9.0, -1.0], [1.0, 0.0, 1.0]
+batch |= {"ref_logps": torch.tensor(ref), "labels": torch.tensor(labels)}
+value, metrics = script.compute_loss(model, batch, script.Args())
+value.backward()
+gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+assert torch.stack([g.norm() for g in gradients]).norm() > 0 and all(g.isfinite().all() for g in gradients)
+assert abs(metrics["loss"].item() - value.item()) < 1e-6
+print(json.dumps([value.item(), logps, ref, labels]))
+"""
+
+
+def sigma(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
 @pytest.fixture
 def alone(tmp_path):
     """Runs Python in an empty folder that holds one script and nothing else of this repository."""
@@ -156,6 +209,14 @@ def test_the_loss_runs_on_a_batch_made_by_hand(alone, script):
     assert found["start, shared"] == pytest.approx(expected, abs=2e-5)
     assert found["moved"] != pytest.approx(expected, abs=1e-2)
     assert found["moved, shared"] == pytest.approx(found["moved"], abs=1e-4)
+
+
+@pytest.mark.parametrize("script", sorted(ONE_ANSWER))
+def test_the_loss_runs_on_rows_with_one_answer_made_by_hand(alone, script):
+    done = alone(script, "-c", ONE_ANSWER_PROGRAM, script)
+    assert done.returncode == 0, done.stderr
+    value, *known = json.loads(done.stdout)
+    assert value == pytest.approx(ONE_ANSWER[script](importlib.import_module(script).Args(), *known), rel=1e-5)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
