@@ -60,17 +60,11 @@ def reference_answers(seed: int) -> list[list[str]]:
     return [texts for row, texts in zip(toy.questions(), kept) if not row["unseen"]]
 
 
-def make_run(method: str, value: float, seed: int, count: int) -> dict:
-    """Trains one policy as a user would and judges it: the line that is kept."""
-    torch.set_num_threads(1)
-    script, flag = METHODS[method]
-    with tempfile.TemporaryDirectory() as folder:
-        words = [sys.executable, str(ROOT / script), flag, str(value), "--seed", str(seed), "--kl-samples", "0", "--output-dir", folder, "--name", "run"]
-        done = subprocess.run(words, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{' '.join(words)} failed: {done.stderr[-500:]}")
-        tokenizer = runtime.load_tokenizer(f"{folder}/run")
-        policy = runtime.load_model(f"{folder}/run", "cpu", tokenizer).eval()
+def judge_policy(folder: str, seed: int, count: int) -> dict:
+    """What a run on the toy of this seed says to the trained questions, `count` answers each: KL, true reward, its share of the best possible gain,
+    and true reward on the questions that were good before, before and after."""
+    tokenizer = runtime.load_tokenizer(folder)
+    policy = runtime.load_model(folder, "cpu", tokenizer).eval()
     reference = runtime.load_model(str(toy.base_model(seed)), "cpu", tokenizer).eval()
     prompts = [tokenizer(toy.prompt_of(row)).input_ids for row in toy.questions() if not row["unseen"] for _ in range(count)]
     drawn = evaluate.sample(policy, prompts, tokenizer, toy.MAX_NEW_TOKENS, seed=seed + 1, batch_size=1000)
@@ -79,9 +73,25 @@ def make_run(method: str, value: float, seed: int, count: int) -> dict:
     rewards = question_rewards([texts[i : i + count] for i in range(0, len(texts), count)])
     before = question_rewards(reference_answers(seed))
     good = before.mean(1).argsort(descending=True)[: len(before) // 5]
-    line = {"method": method, "value": value, "seed": seed, "answers": count, "kl": nats.mean().item(), "true_reward": rewards.mean().item()}
-    line["efficiency"] = toy.frontier_efficiency(line["kl"], line["true_reward"], before)
-    line |= {"good_before": before[good].mean().item(), "good_after": rewards[good].mean().item()}
+    found = {"answers": count, "kl": nats.mean().item(), "true_reward": rewards.mean().item()}
+    found["efficiency"] = toy.frontier_efficiency(found["kl"], found["true_reward"], before)
+    return found | {"good_before": before[good].mean().item(), "good_after": rewards[good].mean().item()}
+
+
+def train(script: str, *words: str) -> None:
+    """Runs a script as a user would; SystemExit with the end of what it printed where it fails."""
+    done = subprocess.run([sys.executable, str(ROOT / script), *words], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{script} {' '.join(words)} failed: {done.stderr[-500:]}")
+
+
+def make_run(method: str, value: float, seed: int, count: int) -> dict:
+    """Trains one policy and judges it: the line that is kept."""
+    torch.set_num_threads(1)
+    script, flag = METHODS[method]
+    with tempfile.TemporaryDirectory() as folder:
+        train(script, flag, str(value), "--seed", str(seed), "--kl-samples", "0", "--output-dir", folder, "--name", "run")
+        line = {"method": method, "value": value, "seed": seed} | judge_policy(f"{folder}/run", seed, count)
     return line | {"git_commit": runtime.git_commit(), "device": runtime.device_name(torch.device("cpu"))}
 
 
