@@ -44,7 +44,7 @@ class Args:
     # [/method]
     learn_partition: bool = False
     """Learn beta log Z(x) for each prompt instead: a linear head on the reference's hidden state at the prompt's last token, starting from zero."""
-    partition_lr: float = 1e-2
+    partition_lr: float = 3e-2
     """Peak learning rate of that head."""
     positive_weight: float = 1.0
     """Weight of the rows whose label is 1."""
@@ -176,8 +176,14 @@ def prompt_states(model, batch: dict) -> torch.Tensor:
 
 
 def add_partition(model, saved: dict[str, torch.Tensor]):
-    """Puts the linear head `model.partition`, hidden state -> beta log Z(x), on a causal LM: zero, or the one among the `saved` weights."""
-    model.partition = torch.nn.Linear(model.config.get_text_config().hidden_size, 1, device=model.device)
+    """Puts the linear head `model.partition`, hidden state -> beta log Z(x), on a causal LM: zero, or the one among the `saved` weights.
+
+    States at the ends of prompts differ little beside what they have in common, so the head reads them centred and scaled by dimension.
+    """
+    size = model.config.get_text_config().hidden_size
+    model.partition = torch.nn.Linear(size, 1, device=model.device)
+    for name, start in (("centre", torch.zeros(size)), ("spread", torch.ones(size))):
+        model.partition.register_buffer(name, saved.get(f"partition.{name}", start).to(model.device))
     with torch.no_grad():
         for name, parameter in model.partition.named_parameters():
             parameter.copy_(saved.get(f"partition.{name}", torch.zeros(())))
@@ -187,7 +193,8 @@ def add_partition(model, saved: dict[str, torch.Tensor]):
 def log_partition(model, batch: dict, args: Args) -> torch.Tensor:
     """beta log Z(x) of each row, [batch]: the constant, or what the head says of the reference's `prompt_states`."""
     if args.learn_partition:
-        return model.partition(batch["prompt_states"]).squeeze(-1)
+        states = (batch["prompt_states"] - model.partition.centre) / model.partition.spread  # [batch, hidden], float32
+        return (states * model.partition.weight[0]).sum(-1) + model.partition.bias
     return torch.full_like(batch["labels"], args.beta_log_z)
 
 
@@ -262,8 +269,8 @@ def main(args: Args) -> None:
     tokenizer = runtime.load_tokenizer(base)
     model = runtime.load_model(run.checkpoint or base, run.device, tokenizer)
     if run.args.learn_partition:
-        names = ("partition.weight", "partition.bias")
-        model = add_partition(model, {k: v for name in names for k, v in runtime.load_weights(run.checkpoint or base, name).items()})
+        saved = [runtime.load_weights(run.checkpoint or base, f"partition.{name}") for name in ("weight", "bias", "centre", "spread")]
+        model = add_partition(model, {name: value for found in saved for name, value in found.items()})
     runtime.disable_dropout(model)
     run.prepare(model.train())
     logps, loss_and_metrics = runtime.as_forward(model, completion_logps), runtime.as_forward(model, compute_loss)
@@ -311,6 +318,8 @@ def main(args: Args) -> None:
     ref |= run.keep("reference", lambda: {split: score(split) for split in splits})
     if args.learn_partition:
         prompts |= run.keep("prompt_states", lambda: {split: seen_at_prompts(split) for split in splits})
+        model.partition.centre.copy_(prompts["train"].mean(0))
+        model.partition.spread.copy_(prompts["train"].std(0, correction=0).clamp_min(1e-6))
     before = run.remember("before", lambda: {split: report(split, None) for split in splits if split != "train"})
     heads = list(model.partition.parameters()) if args.learn_partition else []
     policy = [p for p in model.parameters() if not any(p is q for q in heads)]

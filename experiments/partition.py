@@ -9,8 +9,8 @@ Tables: two prompts with four answers each, uniform reference. Binary labels wit
 population loss of pointwise_dpo.py is minimised by L-BFGS from the reference; the running mean of beta times the log-ratio as a shift (BCO's way) is
 no minimum of anything and is followed by gradient descent.
 
-Toy: labels are drawn from sigma(r* + d) with d = +3 on every other question and -3 on the rest, so that easy questions get nearly always a 1 and hard
-ones a 0, whatever is answered. pointwise_dpo.py with constants and with one learned value a prompt. Lines are added to results/partition.jsonl.
+Toy: labels are drawn from sigma(r* + d) with d by kind of question, +3 for colours and opposites, -3 for capitals and sums, 0 for sounds: easy questions get
+nearly always a 1 and hard ones a 0, whatever is answered. pointwise_dpo.py with constants and with one learned value a prompt. Lines are added to results/partition.jsonl.
 """
 
 import json
@@ -39,7 +39,7 @@ HANDLINGS = ("log Z = 0", "one constant", "running mean", "one value a prompt")
 REWARDS = tensor([[4, 3, 2, 1], [-1, -2, -3, -4]])  # [prompts, answers]
 SCORES = tensor([[0.95, 0.90, 0.85, 0.80], [0.20, 0.15, 0.10, 0.05]])
 CASES = {"binary": (REWARDS.sigmoid(), 1.0), "continuous": (SCORES, 0.1)}
-DIFFICULTY = 3.0
+DIFFICULTY = {"capital": -3.0, "plus": -3.0, "sound": 0.0, "colour": 3.0, "opposite": 3.0}  # d, by the word that tells the kind of question
 
 
 @dataclass
@@ -125,18 +125,18 @@ def print_tables() -> None:
 # ------------------------------------------------------------------------------------------------------------------ toy
 
 
-def difficulty() -> dict[str, float]:
-    """d of each question: +3 on every other one, -3 on the rest."""
-    return {toy.prompt_of(row): DIFFICULTY if i % 2 else -DIFFICULTY for i, row in enumerate(toy.questions())}
+def difficulty(prompt: str) -> float:
+    """d of a question."""
+    return next(d for word, d in DIFFICULTY.items() if word in prompt.split())
 
 
 def write_rows(path: Path, seed: int) -> None:
     """The toy's training answers with labels drawn from sigma(r* + d)."""
-    rng, shifts = random.Random(seed), difficulty()
+    rng = random.Random(seed)
     with path.open("w", encoding="utf-8") as file:
         for prompt, answer, good in toy.labelled(seed, continuous=True)["train"]:
             reward = math.log(good / (1 - good))
-            label = int(rng.random() < 1 / (1 + math.exp(-reward - shifts[prompt])))
+            label = int(rng.random() < 1 / (1 + math.exp(-reward - difficulty(prompt))))
             file.write(json.dumps({"prompt": prompt, "completion": answer, "label": label}) + "\n")
 
 

@@ -45,9 +45,8 @@ def test_one_value_a_prompt_is_exact_and_nothing_else_is(kind):
 def test_labels_of_the_toy_follow_reward_and_difficulty(tmp_path, toy_base):
     partition.write_rows(tmp_path / "rows.jsonl", 0)
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    shifts = partition.difficulty()
-    for d in (-3.0, 3.0):
-        mine = [row for row in rows if shifts[row["prompt"]] == d]
+    for d in (-3.0, 0.0, 3.0):
+        mine = [row for row in rows if partition.difficulty(row["prompt"]) == d]
         expected = [1 / (1 + math.exp(-toy.true_reward(toy.row_of(row["prompt"]), row["completion"]) - d)) for row in mine]
-        assert len(mine) > 5000
-        assert sum(row["label"] for row in mine) / len(mine) == pytest.approx(sum(expected) / len(expected), abs=0.02)
+        assert len(mine) > 1000
+        assert sum(row["label"] for row in mine) / len(mine) == pytest.approx(sum(expected) / len(expected), abs=0.04)
