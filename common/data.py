@@ -231,7 +231,7 @@ def encode(tokenizer, prompt, answers: list, max_length: int) -> tuple[dict | No
     Args:
         prompt: a string, or a list of messages, which goes through the tokenizer's chat template. An empty one becomes the token that the
             tokenizer begins a text with, or EOS where it has none.
-        answers: strings or lists of messages.
+        answers: strings or lists of messages; none where only the prompt is asked for.
         max_length: limit in tokens for the prompt and one completion; completions lose their end.
 
     Returns:
@@ -244,7 +244,8 @@ def encode(tokenizer, prompt, answers: list, max_length: int) -> tuple[dict | No
         whole = [tokenizer(prompt + answer).input_ids for answer in answers]
         if not prompt and not prompt_ids:  # nothing precedes the text and the tokenizer begins it with nothing: EOS stands for its beginning
             prompt_ids, whole = [eos], [[eos, *ids] for ids in whole]
-        boundary = min(common_prefix(prompt_ids, ids) for ids in whole)
+        prompt_end = len(prompt_ids) - (len(prompt_ids) > 1 and prompt_ids[-1] == eos)  # some tokenizers end every text in EOS
+        boundary = min((common_prefix(prompt_ids, ids) for ids in whole), default=prompt_end)
         ended = [bool(ids) and ids[-1] == eos for ids in whole]
     else:
         if tokenizer.chat_template is None:
@@ -266,7 +267,7 @@ def encode(tokenizer, prompt, answers: list, max_length: int) -> tuple[dict | No
     whole = [ids if done else [*ids, eos] for ids, done in zip(whole, ended)]
     completions = [ids[boundary:max_length] for ids in whole]
     own = len(prompt_ids) - (prompt_ids[-1] == eos)  # a tokenizer that ends every text in EOS puts one behind the prompt: no boundary moved
-    return {"prompt": whole[0][:boundary], "completions": completions}, None, boundary < own
+    return {"prompt": (whole or [prompt_ids])[0][:boundary], "completions": completions}, None, boundary < own
 
 
 class Rows(list):
@@ -471,6 +472,38 @@ def load_labelled(args, tokenizer, max_length: int, say=print, unlabelled: bool 
         mean, spread = statistics.fmean(labels), statistics.pstdev(labels)
         say(f"Labels: continuous, {told}; {min(labels):g} to {max(labels):g}, mean {mean:.3g}, standard deviation {spread:.3g}; {share:.1%} are exactly 1.")
     return splits, digest, kind
+
+
+def prompt_of_row(where: str, row: dict) -> tuple[tuple | None, str | None]:
+    """((prompt,), None) or (None, reason): `prompt`, as a string or chat messages, or what both sides of a pair begin with."""
+    if "prompt" not in row:
+        if "chosen" not in row:
+            raise InputError(f'{where}: no field "prompt"; expected prompt, or the chosen and rejected of pairs (found {", ".join(map(str, row)) or "none"}).')
+        texts, reason = pair_of_row(where, row)
+        return (texts[:1] if texts else None), reason
+    prompt = row["prompt"]
+    if not isinstance(prompt, str) and not is_messages(prompt):
+        return None, "the prompt is neither text nor chat messages"
+    if isinstance(prompt, str) and not prompt.strip():
+        return None, "the prompt is empty"
+    return ((prompt,), None) if is_unicode(prompt) else (None, "a field is not valid Unicode text")
+
+
+def load_prompts(args, tokenizer, max_length: int, say=print) -> tuple[dict[str, Rows], str]:
+    """Distinct prompts as {"train": Rows, "held_out": Rows, "unseen": Rows (toy only)}, and the sha256 of the rows as read.
+
+    `args` has data, eval_data, holdout, seed and max_new_tokens, for which a prompt must leave room. Raises InputError where no row is left.
+    """
+    from common import toy
+
+    found, digest = read_splits(args, toy.prompts, prompt_of_row)
+    splits = {}
+    for name, (rows, dropped) in found.items():
+        distinct = list({json.dumps(row): row for row in rows}.values())
+        dropped["the prompt comes again"] += len(rows) - len(distinct)
+        splits[name] = encode_rows(tokenizer, distinct, max_length - args.max_new_tokens, +dropped, answers=0)
+    say_splits(splits, args, say)
+    return splits, digest
 
 
 def demonstration_of_row(where: str, row: dict) -> tuple[tuple | None, str | None]:

@@ -6,9 +6,11 @@ writes one line per row, in order: row, chosen_logps, rejected_logps, chosen_tok
 folder has a reward head (a run of dph.py); null values and `reason` for a row that cannot be used. It is deliberately plain: two lines per pair, full logits, float32, nothing gathered and nothing shared.
 """
 
+import functools
 import json
 import math
 import os
+import random
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,6 +220,86 @@ def concordance(scores: torch.Tensor, labels: torch.Tensor) -> float | None:
     return ordered / couples if couples and bool((scores != scores[0]).any()) else None
 
 
+@functools.cache
+def meteor_form() -> str | None:
+    """Which METEOR can be computed here: "exact, stem and WordNet matches", "exact and stem matches" where WordNet's data is not installed, or None
+    without nltk. Nothing is downloaded."""
+    try:
+        import nltk
+    except ImportError:
+        return None
+    try:
+        nltk.data.find("corpora/wordnet")
+    except LookupError:
+        try:
+            nltk.data.find("corpora/wordnet.zip")
+        except LookupError:
+            return "exact and stem matches"
+    return "exact, stem and WordNet matches"
+
+
+class NoSynonyms:
+    """Stands for WordNet where its data is not installed."""
+
+    def synsets(self, word: str) -> list:
+        return []
+
+
+def meteor(hypothesis: str, reference: str) -> float:
+    """METEOR of two texts by nltk with its defaults (alpha .9, beta 3, gamma .5), lower-cased words between white space; 0 where one is empty.
+
+    Raises InputError where nltk is not installed.
+    """
+    if meteor_form() is None:
+        raise InputError("METEOR needs a package that is not installed: pip install nltk")
+    from nltk.translate.meteor_score import single_meteor_score
+
+    words = [text.lower().split() for text in (hypothesis, reference)]
+    extra = {} if "WordNet" in meteor_form() else {"wordnet": NoSynonyms()}
+    return single_meteor_score(words[1], words[0], **extra) if all(words) else 0.0
+
+
+def sameness(prompts: list, answers: list[str], seed: int = 0, pairs: int = 200) -> dict:
+    """How much answers to different prompts are alike, which shows a collapsed policy (arXiv 2310.16763).
+
+    Returns:
+        "meteor_similarity": mean METEOR of random pairs of answers to different prompts, in both directions (None without nltk, or with one prompt);
+        "duplicate_share": share of such pairs that are the same text; "short_share": answers of three words or fewer; "length": words an answer.
+    """
+    rng, order = random.Random(seed), list(range(len(answers)))
+    drawn = []
+    for _ in range(20 * pairs):
+        if len(drawn) < pairs and len(answers) > 1:
+            i, j = rng.sample(order, 2)
+            drawn += [(i, j)] if prompts[i] != prompts[j] else []
+    both = [(meteor(answers[i], answers[j]) + meteor(answers[j], answers[i])) / 2 for i, j in drawn] if meteor_form() else []
+    counts = [len(answer.split()) for answer in answers]
+    return {
+        "meteor_similarity": sum(both) / len(both) if both else None,
+        "duplicate_share": sum(answers[i] == answers[j] for i, j in drawn) / len(drawn) if drawn else None,
+        "short_share": sum(n <= 3 for n in counts) / len(counts) if counts else None,
+        "length": sum(counts) / len(counts) if counts else None,
+    }
+
+
+def calibration_error(probabilities: torch.Tensor, answers: torch.Tensor) -> float:
+    """Calibration of choices (arXiv 2310.16763): every (probability of a choice, whether it is the right one) goes into one of ten bins [lo, lo + .1), the
+    last one closed; the mean over non-empty bins of (share of right ones - the bin's middle)^2.
+
+    Args:
+        probabilities: [questions, choices], summing to 1 over the choices that a question has; nan where it has fewer.
+        answers: [questions], index of the right choice.
+    """
+    if probabilities.dim() != 2 or answers.shape != probabilities.shape[:1]:
+        raise ValueError(f"expected probabilities [questions, choices] and answers [questions], got {tuple(probabilities.shape)} and {tuple(answers.shape)}")
+    right = torch.zeros_like(probabilities).scatter_(1, answers[:, None].long(), 1.0)
+    there = ~probabilities.isnan()
+    p, right = probabilities[there].double(), right[there].double()
+    bins = (p * 10 + 1e-9).floor().long().clamp(0, 9)  # .3 * 10 is a little below 3
+    gaps = [(right[bins == b].mean().item() - (b + 0.5) / 10) ** 2 for b in range(10) if bool((bins == b).any())]
+    return sum(gaps) / len(gaps) if gaps else math.nan
+
+
 @torch.no_grad()
 def kl_of_samples(policy, reference, prompts: list[list[int]], completions: list[list[int]], pad_id: int, batch_size: int = 16, autocast=None) -> torch.Tensor:
     """KL(policy || reference) in nats along each completion sampled from the policy: [samples], float64.
@@ -243,13 +325,14 @@ def kl_of_samples(policy, reference, prompts: list[list[int]], completions: list
     return torch.cat(values) if values else torch.zeros(0, dtype=torch.float64)
 
 
-def judge_samples(run, policy, reference, base: str, tokenizer, rows, n: int = 1, rewards=None, record: dict | None = None) -> dict:
+def judge_samples(run, policy, reference, base: str, tokenizer, rows, n: int = 1, rewards=None, record: dict | None = None, look=None) -> dict:
     """What a policy says: `--kl-samples` answers sampled at temperature 1, spread over the distinct prompts of `rows`.
 
     Args:
         reference: the model to take the KL to, or None where the policy is the reference itself (the KL is then 0).
         base: the reference's folder.
         n, rewards: best of n. For each answer n are sampled, and the one with the largest reward counts; `rewards(batch)` -> [sequences].
+        look: `look(prompts, answers)` -> more keys, from all answers as texts.
         record: words that name these answers in candidates.jsonl, where best of n writes all candidates with their rewards.
 
     Returns:
@@ -296,6 +379,7 @@ def judge_samples(run, policy, reference, base: str, tokenizer, rows, n: int = 1
     found = run.gather(list(zip(mine, [text_of(tokenizer, ids) for ids in answers], kl.tolist())))[:count]
     result = {"kl": sum(nats for _, _, nats in found) / count}
     said = [(distinct[i][0], text) for i, text, _ in found]
+    result |= look([prompt for prompt, _ in said], [text for _, text in said]) if look else {}
     if toy.flip_share(args.data) is not None:
         result |= toy.judge_answers(said)
         result["frontier_efficiency"] = None
@@ -339,6 +423,12 @@ WORDS = {
     "logps_auc": "better labelled answer more likely than the other",
     "reward_auc": "better labelled answer has the higher reward",
     "perplexity": "perplexity per token of the demonstrations",
+    "reward": "reward that it was trained on",
+    "test_reward": "reward that it was not trained on",
+    "meteor_similarity": "METEOR between answers to different prompts",
+    "duplicate_share": "same answer to different prompts",
+    "short_share": "answers of three words or fewer",
+    "length": "words an answer",
     "kl": "KL to the reference, nats per answer",
     "true_reward": "true reward of sampled answers",
     "right_share": "right answers",

@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # ------------------------------------------------------------------------------------------------------------- models
 
 
-def quietly_checked(name: str, kind: str) -> None:
+def quietly_checked(name: str, kind: str, flag: str = "") -> None:
     """Raises InputError at once where a hub id neither exists nor is in the local cache; prints nothing.
 
     One request with a short limit, instead of the libraries' half a minute of retries. `kind` is "model" or "dataset".
@@ -41,7 +41,7 @@ def quietly_checked(name: str, kind: str) -> None:
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
-    flag = "--model" if kind == "model" else "--data"
+    flag = flag or ("--model" if kind == "model" else "--data")
     try:
         huggingface_hub.utils.validate_repo_id(name)
     except HFValidationError:
@@ -61,7 +61,7 @@ def quietly_checked(name: str, kind: str) -> None:
         raise InputError(f"{flag} {name}: no such file or folder here, and the hub cannot be reached for a {kind} of that name.") from None
 
 
-def resolve_model(name: str, seed: int = 0) -> str:
+def resolve_model(name: str, seed: int = 0, flag: str = "--model") -> str:
     """A local folder for `toy`, a folder, or a hub id (downloaded: safetensors where there are any, no other formats beside them)."""
     if name == "toy":
         from common import toy
@@ -69,11 +69,11 @@ def resolve_model(name: str, seed: int = 0) -> str:
         return str(toy.base_model(seed))
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
-            raise InputError(f"--model {name}: the folder has no config.json, so it is not a transformers model.")
+            raise InputError(f"{flag} {name}: the folder has no config.json, so it is not a transformers model.")
         return name
     import huggingface_hub
 
-    quietly_checked(name, "model")
+    quietly_checked(name, "model", flag)
     offline = huggingface_hub.constants.HF_HUB_OFFLINE
     weights = ["*.safetensors"]
     if not offline and not any(s.rfilename.endswith(".safetensors") for s in huggingface_hub.HfApi().model_info(name).siblings):
@@ -340,13 +340,18 @@ class Run:
         """Ranges of the arguments, for those that a script has; one sentence for the first that is wrong."""
         finite = math.isfinite
         rules = {
-            "batch_size micro_batch_size n ref_samples max_new_tokens eval_every save_every log_every": (lambda v: v >= 1, "at least 1"),
+            "batch_size micro_batch_size n ref_samples max_new_tokens eval_every save_every log_every completions top_k ppo_epochs": (
+                lambda v: v >= 1,
+                "at least 1",
+            ),
             "lr beta": (lambda v: v > 0 and finite(v), "a positive number"),
             "epochs": (lambda v: v > 0, "above 0"),
             "max_steps": (lambda v: v >= -1 and v != 0, "at least 1, or -1 for no limit"),
             "max_length": (lambda v: v is None or v >= 2, "at least 2"),
             "head_lr": (lambda v: v is None or (v > 0 and finite(v)), "a positive number"),
             "partition_lr": (lambda v: v > 0 and finite(v), "a positive number"),
+            "temperature clip value_clip": (lambda v: v > 0 and finite(v), "a positive number"),
+            "top_p gamma gae_lambda": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
             "beta_log_z": (finite, "a finite number"),
             "positive_weight negative_weight": (lambda v: v >= 0 and finite(v), "at least 0"),
             "holdout head_dropout": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
@@ -355,7 +360,7 @@ class Run:
             "dtype": (lambda v: v in {"auto", "float32", "bfloat16"}, "auto, float32 or bfloat16"),
             "name": (lambda v: not v or Path(v).name == v, "one folder name"),
             "label_smoothing": (lambda v: 0 <= v < 0.5, "at least 0 and below 0.5"),
-            "lam prior_decay dph_weight dpo_weight weight_decay kl_samples": (lambda v: v >= 0 and finite(v), "at least 0"),
+            "lam prior_decay dph_weight dpo_weight weight_decay kl_samples kl vf_coef": (lambda v: v >= 0 and finite(v), "at least 0"),
         }
         for names, (good, expected) in rules.items():
             for name in names.split():
@@ -451,6 +456,18 @@ class Run:
         dist.all_gather_object(parts, items)
         n = sum(map(len, parts))
         return [parts[i % self.world_size][i // self.world_size] for i in range(n)]
+
+    def gather_all(self, items: list) -> list:
+        """All processes' items, process by process, on every process; as many as each has."""
+        if self.world_size == 1:
+            return items
+        parts = [None] * self.world_size
+        dist.all_gather_object(parts, items)
+        return [item for part in parts for item in part]
+
+    def gathered(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """Tensors of all processes, [n] each and of any length, as one, float64, on the CPU, on every process."""
+        return torch.cat([torch.zeros(0, dtype=torch.float64), *self.gather_all([part.detach().double().cpu() for part in parts])])
 
     # -- the loop
 
@@ -665,12 +682,13 @@ class Run:
 
     # -- the end
 
-    def finish(self, columns: dict[str, dict], base_folder: str, data_sha256: str) -> dict:
+    def finish(self, columns: dict[str, dict], base_folder: str, data_sha256: str, extra: dict | None = None) -> dict:
         """Writes summary.json and curves.png and removes the checkpoints, which the finished model replaces.
 
         Args:
             columns: "before", "after", ... -> split -> the dict of a script's `report`; its "samples" stay out of the summary. "held_out" is
                 written under the column's name, "unseen" under the name with "_unseen" behind it.
+            extra: keys of one script alone.
         """
         import transformers
 
@@ -694,7 +712,7 @@ class Run:
             for split, values in splits.items():
                 key = name if split == "held_out" else f"{name}_{split}"
                 summary[key] = {k: v for k, v in values.items() if k != "samples"}
-        summary = plain(summary)
+        summary = plain(summary | (extra or {}))
         if self.main:
             draw_curves(self.folder)
             write_json(self.folder / "summary.json", summary)

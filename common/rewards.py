@@ -1,0 +1,87 @@
+"""What scores answers while a policy samples: the toy's true reward, a flawed proxy of it, or a model.
+
+A reward is a function (prompts, answers) -> [n], float32 on the CPU; prompts are strings or lists of chat messages, answers strings. Higher is better.
+"""
+
+from pathlib import Path
+
+import torch
+
+from common import runtime, toy
+from common.data import InputError
+
+
+def load(name: str, run, flag: str = "--reward"):
+    """The reward that `--reward` (or another flag) names.
+
+    Args:
+        name: "toy", the toy's true reward; "toy:flawed", a proxy of it that can be exploited (`toy.flawed_reward`); else a folder or hub id of a
+            sequence-classification model, a run of reward_model.py or dph.py among them. One label: its logit is the reward; two labels: the
+            second's logit minus the first's.
+        run: of common.runtime, for device and autocast.
+
+    Returns:
+        reward(prompts, answers) -> [n], float32, on the CPU. Raises InputError where the name leads to no reward.
+    """
+    if name in {"toy", "toy:flawed"}:
+        judge = toy.true_reward if name == "toy" else toy.flawed_reward
+
+        def of_toy(prompts: list, answers: list[str]) -> torch.Tensor:
+            return torch.tensor([judge(toy.row_of(prompt), answer) for prompt, answer in zip(prompts, answers)], dtype=torch.float32)
+
+        return of_toy
+    return of_model(name, run, flag)
+
+
+def of_model(name: str, run, flag: str):
+    """The reward of a sequence-classification model: prompt + answer in one line, with an EOS behind it where the model was trained here."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    if name.startswith("toy"):
+        raise InputError(f"{flag} {name}: expected toy, toy:flawed, a folder, or a hub id.")
+    folder = runtime.resolve_model(name, flag=flag)
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).to(run.device).eval().requires_grad_(False)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        raise InputError(f"{flag} {name}: cannot be loaded as a sequence-classification model ({str(error).splitlines()[0]}).") from None
+    labels = model.config.num_labels
+    if labels > 2:
+        raise InputError(f"{flag} {name}: the model has {labels} labels; expected one, or two of which the second is the better.")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        # These models look for the last token that is not padding: with pad = EOS they would read one token early.
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(runtime.choose_pad_id(tokenizer))
+    tokenizer.padding_side, tokenizer.truncation_side = "right", "left"
+    model.config.pad_token_id = tokenizer.pad_token_id
+    ends = (Path(folder) / "args.json").is_file() and tokenizer.eos_token_id is not None  # a run of ours: rewards are read at the EOS
+    limit = runtime.context_length(model)
+
+    def tokens(prompt, answer: str) -> list[int]:
+        if isinstance(prompt, str):
+            ids = tokenizer(prompt + answer).input_ids
+        else:
+            text = tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": answer}], tokenize=False)
+            ids = tokenizer(text, add_special_tokens=False).input_ids
+        ids = [*ids, tokenizer.eos_token_id] if ends and ids[-1:] != [tokenizer.eos_token_id] else ids
+        return ids[-limit:]
+
+    @torch.no_grad()
+    def reward(prompts: list, answers: list[str]) -> torch.Tensor:
+        rows = [tokens(prompt, answer) for prompt, answer in zip(prompts, answers)]
+        order, values = sorted(range(len(rows)), key=lambda i: len(rows[i])), torch.zeros(len(rows))
+        size = 64 if runtime.is_tiny(model) else 16
+        for start in range(0, len(order), size):
+            chunk = order[start : start + size]
+            batch = tokenizer.pad({"input_ids": [rows[i] for i in chunk]}, return_tensors="pt").to(run.device)
+            with run.autocast():
+                logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()  # [chunk, labels]
+            values[torch.tensor(chunk)] = (logits[:, -1] - (logits[:, 0] if labels == 2 else 0.0)).cpu()
+        return values
+
+    return reward
+
+
+def pick(answers: list[list[int]], rewards: torch.Tensor, k: int) -> list[int]:
+    """Indices of the `k` answers with the largest rewards, the best first, the empty ones left out; of equal ones the first."""
+    order = sorted((i for i, ids in enumerate(answers) if ids), key=lambda i: -rewards[i].item())
+    return order[:k]
