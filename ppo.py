@@ -36,7 +36,7 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class Args:
-    kl: float = 0.05
+    kl: float = 0.2
     """Price per nat and token of log pi - log ref, taken off the reward. The paper's runs have 0.2."""
     gamma: float = 1.0
     """Discount per token."""

@@ -533,6 +533,20 @@ def load_demonstrations(args, tokenizer, max_length: int, say=print) -> tuple[di
     return splits, digest
 
 
+def half_of(rows: Rows, which: str) -> Rows:
+    """The rows of one half of the distinct prompts, "first" or "second", or "all". The halves do not depend on a run's seed, so that two runs share none."""
+    if which == "all":
+        return rows
+    keys = [json.dumps(texts[0] or texts[1]) for texts in rows.texts]
+    distinct = sorted(set(keys))
+    random.Random("halves").shuffle(distinct)
+    first = set(distinct[: len(distinct) // 2])
+    kept = [i for i, key in enumerate(keys) if (key in first) == (which == "first")]
+    if not kept:
+        raise InputError(f"--half {which}: {len(distinct)} prompt in the training rows leaves nothing in that half.")
+    return Rows([rows[i] for i in kept], [rows.texts[i] for i in kept], rows.seen, rows.dropped, rows.moved)
+
+
 def sha256_of(value: object) -> str:
     """Hash of a JSON value, the same for the same rows however the file is laid out."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

@@ -220,6 +220,16 @@ def concordance(scores: torch.Tensor, labels: torch.Tensor) -> float | None:
     return ordered / couples if couples and bool((scores != scores[0]).any()) else None
 
 
+def judge_rewards(args, rows, rewards: torch.Tensor) -> dict:
+    """On the toy, how well rewards [rows, 2] order the answers of `rows` as the true reward does: 1 always, 0 no better than chance, -1 never; ties of
+    the true reward left out, of the rewards counted as one half. Elsewhere nothing."""
+    if toy.flip_share(args.data) is None or not len(rewards):
+        return {}
+    true = [[toy.true_reward(toy.row_of(prompt), answer) for answer in answers] for prompt, *answers in rows.texts]
+    share = concordance(rewards.flatten(), torch.tensor(true).flatten())
+    return {"rank_correlation": None if share is None else 2 * share - 1}
+
+
 @functools.cache
 def meteor_form() -> str | None:
     """Which METEOR can be computed here: "exact, stem and WordNet matches", "exact and stem matches" where WordNet's data is not installed, or None
@@ -420,6 +430,8 @@ def score_candidates(run, rewards, candidates: list[dict], pad_id: int) -> torch
 WORDS = {
     "preference_accuracy": "preferred answer more likely than the other",
     "reward_accuracy": "preferred answer has the higher reward",
+    "margin_calibration": "calibration error of sigma(margin)",
+    "rank_correlation": "rank correlation of reward and true reward",
     "logps_auc": "better labelled answer more likely than the other",
     "reward_auc": "better labelled answer has the higher reward",
     "perplexity": "perplexity per token of the demonstrations",

@@ -90,6 +90,8 @@ def load_tokenizer(folder: str):
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:
         raise InputError(f"--model {folder}: no tokenizer can be loaded from it ({str(error).splitlines()[0]}).") from None
+    if tokenizer.eos_token_id is None and tokenizer.sep_token_id is not None:
+        tokenizer.eos_token = tokenizer.sep_token  # encoders end a text with it
     if tokenizer.eos_token_id is None:
         raise InputError(f"--model {folder}: the tokenizer has no EOS token, so an answer could not end.")
     tokenizer.padding_side = "right"
@@ -124,6 +126,29 @@ def load_model(folder: str, device, tokenizer=None):
         raise InputError(f"--model {folder}: cannot be loaded as a causal language model ({str(error).splitlines()[0]}).") from None
     if tokenizer is not None:
         model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    fuse_gelu(model)
+    return model.to(device)
+
+
+def load_classifier(folder: str, device, tokenizer):
+    """A sequence-classification model with one label in float32, its pad id set to the tokenizer's; a head that the folder does not have is zero."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    try:
+        labels = AutoConfig.from_pretrained(folder)
+        trained = any("ForSequenceClassification" in name for name in labels.architectures or [])
+        if trained and labels.num_labels != 1:
+            raise InputError(f"--model {folder}: a sequence-classification model with {labels.num_labels} labels; expected one.")
+        model, found = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32, output_loading_info=True)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"--model {folder}: cannot be loaded for sequence classification ({str(error).splitlines()[0]}).") from None
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in found["missing_keys"] and parameter.shape[0] == 1:  # the last layer alone: zeros further down would block its gradient
+                parameter.zero_()
+    model.config.pad_token_id = tokenizer.pad_token_id
     fuse_gelu(model)
     return model.to(device)
 
