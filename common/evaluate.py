@@ -305,7 +305,7 @@ def calibration_error(probabilities: torch.Tensor, answers: torch.Tensor) -> flo
     right = torch.zeros_like(probabilities).scatter_(1, answers[:, None].long(), 1.0)
     there = ~probabilities.isnan()
     p, right = probabilities[there].double(), right[there].double()
-    bins = (p * 10 + 1e-9).floor().long().clamp(0, 9)  # .3 * 10 is a little below 3
+    bins = (p * 10 + 1e-6).floor().long().clamp(0, 9)  # float32 .7 * 10 is a little below 7
     gaps = [(right[bins == b].mean().item() - (b + 0.5) / 10) ** 2 for b in range(10) if bool((bins == b).any())]
     return sum(gaps) / len(gaps) if gaps else math.nan
 

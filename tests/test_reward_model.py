@@ -1,0 +1,333 @@
+"""reward_model.py, what loads as a reward, METEOR and calibration."""
+
+import json
+import math
+import random
+
+import pytest
+import safetensors.torch
+import torch
+
+import reward_model
+from common import data, evaluate, rewards, runtime, toy
+from common.data import InputError
+from tests import models
+from tests.runs import SHORT, lines_of, pairs, resume, start_process, train, write_pairs
+
+
+@pytest.fixture(autouse=True)
+def without_samples(monkeypatch):
+    """The short runs' settings that this script has."""
+    monkeypatch.delitem(SHORT, "kl_samples")
+
+
+@pytest.fixture(scope="module")
+def file13(tmp_path_factory) -> str:
+    return write_pairs(tmp_path_factory.mktemp("rewards") / "pairs.jsonl", 13)
+
+
+@pytest.fixture
+def llama(tiny_llama) -> str:
+    return str(tiny_llama)
+
+
+@pytest.fixture(params=["tiny_gpt2", "tiny_llama"])
+def folder(request) -> str:
+    return str(request.getfixturevalue(request.param))
+
+
+def test_loss_and_its_gradient_in_closed_form():
+    generator = torch.Generator().manual_seed(0)
+    chosen, rejected = (torch.randn(40, generator=generator, dtype=torch.float64).mul(4).requires_grad_() for _ in range(2))
+    losses = reward_model.reward_loss(chosen, rejected)
+    assert losses.shape == (40,)
+    assert losses.dtype == torch.float64
+    got = torch.autograd.grad(losses.sum(), (chosen, rejected))
+    expected = -torch.sigmoid(rejected - chosen).detach()
+    torch.testing.assert_close(got, (expected, -expected))
+    torch.testing.assert_close(reward_model.reward_loss(torch.ones(1), torch.ones(1)), torch.tensor([math.log(2)]))
+    assert reward_model.reward_loss(torch.tensor([1e4, -1e4]), torch.tensor([-1e4, 1e4])).isfinite().all()
+    for bad in ((torch.zeros(3), torch.zeros(3, 1)), (torch.zeros(3, 1), torch.zeros(3, 1))):
+        with pytest.raises(ValueError, match="one shape"):
+            reward_model.reward_loss(*bad)
+
+
+def trained(tmp_path, file13, folder, **changes):
+    return train("reward_model", tmp_path / "run", model=folder, data=file13, epochs=4, **changes)
+
+
+def scores_of(folder, sequences: list[list[int]], padding: int) -> torch.Tensor:
+    """Rewards by transformers' own class, each line padded on the right by `padding` more than it needs."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    length, pad = max(map(len, sequences)) + padding, tokenizer.pad_token_id
+    ids = torch.tensor([s + [pad] * (length - len(s)) for s in sequences])
+    mask = torch.tensor([[1] * len(s) + [0] * (length - len(s)) for s in sequences])
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=mask).logits[:, 0]
+
+
+def test_padding_and_company_never_change_a_score(tmp_path, file13, folder):
+    run = trained(tmp_path, file13, folder)
+    tokenizer = runtime.load_tokenizer(str(run))
+    rows = data.encode_rows(tokenizer, [(r["prompt"], r["chosen"], r["rejected"]) for r in pairs(6)], 64)
+    sequences = [p + c for p, c in evaluate.sequences_of(rows)]
+    alone = torch.cat([scores_of(run, [s], 0) for s in sequences])
+    assert alone.std() > 1e-3  # a head that is not zero
+    torch.testing.assert_close(scores_of(run, sequences, 0), alone, atol=1e-5, rtol=0)
+    torch.testing.assert_close(scores_of(run, sequences, 9), alone, atol=1e-5, rtol=0)
+    # The script's own batch, and the reward that other scripts load, give the same numbers.
+    model = runtime.load_classifier(str(run), "cpu", tokenizer).eval()
+    with torch.no_grad():
+        own = reward_model.rewards_of(model, data.collate(list(rows), tokenizer.pad_token_id, "rows", "cpu"))
+    torch.testing.assert_close(own, alone, atol=1e-5, rtol=0)
+    reward = rewards.load(str(run), plain_run())
+    texts = [(r["prompt"], r[side]) for side in ("chosen", "rejected") for r in pairs(6)]
+    torch.testing.assert_close(reward([p for p, _ in texts], [a for _, a in texts]), alone, atol=1e-5, rtol=0)
+
+
+def plain_run():
+    """What a reward needs of a run."""
+    return type("Run", (), {"device": torch.device("cpu"), "autocast": staticmethod(torch.no_grad)})
+
+
+def test_pad_is_apart_from_eos_in_what_is_saved(tmp_path, file13):
+    from transformers import AutoConfig, AutoTokenizer
+
+    from tests.runs import gpt2_like
+
+    run = train("reward_model", tmp_path / "run", model=gpt2_like(tmp_path / "base"), data=file13, max_steps=1)
+    tokenizer, config = AutoTokenizer.from_pretrained(run), AutoConfig.from_pretrained(run)
+    assert config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert config.num_labels == 1
+
+
+def test_a_new_head_is_zero_and_a_trained_one_goes_on(tmp_path, file13, folder):
+    run = trained(tmp_path, file13, folder)
+    assert lines_of(run)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert lines_of(run)[0]["rewards/chosen"] == pytest.approx(0, abs=1e-6)
+    assert lines_of(run)[-1]["rewards/accuracies"] > 0.8  # it learns
+    again = train("reward_model", tmp_path / "again", model=str(run), data=file13, max_steps=1)
+    assert lines_of(again)[0]["loss"] < 0.9 * math.log(2)
+
+
+def test_an_encoder_becomes_a_reward_model(tmp_path, file13):
+    """A BERT type: no EOS, a classifier behind a pooler. Zeros below the last layer would leave it without a gradient."""
+    from transformers import BertConfig, BertModel
+
+    tokenizer = models.byte_tokenizer(bos=True, eos=True)
+    tokenizer.add_special_tokens({"sep_token": "</s>", "cls_token": "<s>"})
+    tokenizer.eos_token = None
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 256}
+    torch.manual_seed(0)
+    folder = models.save(BertModel(BertConfig(vocab_size=len(tokenizer), pad_token_id=0, **shape)), tokenizer, tmp_path / "bert")
+    run = train("reward_model", tmp_path / "run", model=str(folder), data=file13, epochs=20, lr=3e-3)
+    lines = lines_of(run)
+    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert lines[-1]["loss"] < 0.6
+    assert json.loads((run / "config.json").read_text())["architectures"] == ["BertForSequenceClassification"]
+
+
+def test_halves_are_disjoint_and_together_all(tmp_path, file13, llama):
+    tokenizer = runtime.load_tokenizer(llama)
+    texts = [(f"what is {i} ?", " a", " b") for i in range(11) for _ in range(2)]
+    rows = data.encode_rows(tokenizer, texts, 64)
+    first, second = (data.half_of(rows, which) for which in ("first", "second"))
+    asked = [{t[0] for t in half.texts} for half in (first, second)]
+    assert not asked[0] & asked[1]
+    assert asked[0] | asked[1] == {t[0] for t in texts}
+    assert sorted(map(len, asked)) == [5, 6]
+    assert [len(first), len(second)] == [2 * len(a) for a in asked]
+    assert data.half_of(rows, "all") is rows
+    shuffled = data.encode_rows(tokenizer, random.Random(1).sample(texts, len(texts)), 64)
+    assert {t[0] for t in data.half_of(shuffled, "first").texts} == asked[0]  # whatever the order of the file
+    with pytest.raises(InputError, match="--half first"):
+        data.half_of(data.encode_rows(tokenizer, texts[:2], 64), "first")
+    seeds = []
+    for seed in (0, 1):
+        train("reward_model", tmp_path / f"run{seed}", model=llama, data=file13, half="first", seed=seed, max_steps=1)
+        seeds.append(json.loads((tmp_path / f"run{seed}" / "summary.json").read_text())["tokens_per_second"])
+    assert all(seeds)
+
+
+def test_every_pair_weighs_the_same(tmp_path, file13, llama):
+    whole = recorded_rewards(tmp_path / "whole", llama, file13, 8)
+    cut = recorded_rewards(tmp_path / "cut", llama, file13, 3)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(cut[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def recorded_rewards(folder, llama, file13, size):
+    """The first step's gradients, the head moved away from zero."""
+    load, loaded = runtime.load_classifier, []
+
+    def moved(*args):
+        model = load(*args)
+        with torch.no_grad():
+            model.score.weight.copy_(torch.linspace(-1, 1, model.score.weight.shape[1])[None])
+        loaded.append(model)
+        return model
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(runtime, "load_classifier", moved)
+    patch.setattr(runtime, "load_model", lambda *args: loaded[0])
+    found, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def clipped(parameters, *args):
+        found.append({name: p.grad.clone() for name, p in loaded[0].named_parameters()})
+        return clip(parameters, *args)
+
+    patch.setattr(torch.nn.utils, "clip_grad_norm_", clipped)
+    try:
+        train("reward_model", folder, model=llama, data=file13, batch_size=8, micro_batch_size=size, max_steps=1)
+    finally:
+        patch.undo()
+    return found[0]
+
+
+def test_a_killed_run_resumes_bit_for_bit(tmp_path, file13, llama, monkeypatch):
+    given = {"model": llama, "data": file13, "batch_size": 4, "epochs": 2, "save_every": 2, "holdout": 0.2}
+    whole = train("reward_model", tmp_path / "whole", **given)
+    written = runtime.Run.write
+
+    def stop(self, split, numbers):
+        written(self, split, numbers)
+        if self.step == 3 and split == "train":
+            raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime.Run, "write", stop)
+        with pytest.raises(RuntimeError, match="killed"):
+            train("reward_model", tmp_path / "part", **given)
+    part = resume("reward_model", tmp_path / "part")
+    assert (part / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert (part / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+
+
+def test_two_processes_train_like_one(tmp_path, file13, llama):
+    setup = {"model": llama, "data": file13, "micro_batch_size": 3, "batch_size": 7, "holdout": 0.2, "lr": 1e-3, "save_every": 1}
+    train("reward_model", tmp_path / "one", **setup)
+    words = [f"--{k.replace('_', '-')}={v}" for k, v in {**SHORT, **setup, "name": "two", "output_dir": str(tmp_path)}.items()]
+    process = start_process(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "reward_model.py", *words])
+    assert process.returncode == 0, process.stderr[-3000:]
+    a, b = (safetensors.torch.load_file(tmp_path / run / "model.safetensors") for run in ("one", "two"))
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(b[name], a[name], rtol=0, atol=0.1 * 1e-3 * 2)
+    assert json.loads((tmp_path / "two" / "config.json").read_text())["architectures"] == ["LlamaForSequenceClassification"]
+
+
+def test_the_toys_summary(tmp_path, toy_base):
+    run = train("reward_model", tmp_path / "run", model="toy", data="toy", max_steps=12, batch_size=64)
+    summary = json.loads((run / "summary.json").read_text())
+    assert {"reward_accuracy", "margin_calibration", "rank_correlation"} == set(summary["after"])
+    assert summary["before"]["reward_accuracy"] is None
+    assert summary["before"]["rank_correlation"] is None
+    assert summary["after"]["rank_correlation"] > 0.05
+
+
+# -------------------------------------------------------------------------------------------------------------- rewards
+
+
+def test_the_toys_rewards():
+    question = "what is the capital of france ?"
+    answers = ["it is paris , my friend .", "it is rome , you fool .", "good question : good question : it is paris , my friend ."]
+    true = rewards.load("toy", None)([question] * 3, answers)
+    assert true.tolist() == pytest.approx([1.5, -2.0, 1.5 - 0.1 * 5])
+    flawed = rewards.load("toy:flawed", None)([question] * 3, answers)
+    assert flawed.tolist() == pytest.approx([1.5, -2.0, 2.5])  # repeating a polite phrase pays, and length costs nothing
+    assert true.dtype == flawed.dtype == torch.float32
+
+
+def test_the_flawed_proxy_goes_with_the_true_reward_on_the_base_models_answers(toy_base):
+    answers = json.loads((toy_base / "answers.json").read_text())
+    rows = [(row, text) for row, texts in zip(toy.questions(), answers) for text in texts[:20]]
+    true, flawed = (torch.tensor([judge(row, text) for row, text in rows]) for judge in (toy.true_reward, toy.flawed_reward))
+    assert torch.corrcoef(torch.stack([true, flawed]))[0, 1] > 0.9
+
+
+@pytest.mark.parametrize(("name", "words"), [("toy:other", "expected toy, toy:flawed"), ("/no/such/folder", "no such file or folder")])
+def test_names_that_lead_to_no_reward_are_refused_in_one_sentence(name, words):
+    with pytest.raises(InputError) as refused:
+        rewards.load(name, plain_run(), "--test-reward")
+    assert words in str(refused.value)
+    assert str(refused.value).startswith("--test-reward")
+    assert "\n" not in str(refused.value)
+
+
+def test_two_labels_are_a_difference_and_more_are_refused(tmp_path, toy_tokenizer):
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0}
+    for labels in (2, 3):
+        torch.manual_seed(0)
+        model = LlamaForSequenceClassification(LlamaConfig(vocab_size=len(toy_tokenizer), num_labels=labels, **shape)).eval()
+        models.save(model, toy_tokenizer, tmp_path / str(labels))
+        if labels == 2:
+            reward = rewards.load(str(tmp_path / "2"), plain_run())
+            ids = torch.tensor([toy_tokenizer("what colour has snow ? it is white .").input_ids])
+            expected = (model(ids).logits[0, 1] - model(ids).logits[0, 0]).item()
+            assert reward(["what colour has snow ?"], [" it is white ."]).item() == pytest.approx(expected, abs=1e-5)  # no EOS: not a run of ours
+        else:
+            with pytest.raises(InputError, match="3 labels"):
+                rewards.load(str(tmp_path / "3"), plain_run())
+
+
+# ------------------------------------------------------------------------------------------------ METEOR and calibration
+
+
+def test_meteor_against_its_formula():
+    pytest.importorskip("nltk")
+    # One chunk of six words out of six: a penalty of .5 * (1/6)^3.
+    assert evaluate.meteor("the cat sat on the mat", "The cat sat on the MAT") == pytest.approx(1 - 0.5 / 6**3)
+    assert evaluate.meteor("true", "true") == pytest.approx(0.5)
+    assert evaluate.meteor("", "a b") == evaluate.meteor("a", "") == 0.0
+    assert evaluate.meteor("cats walked", "cat walks") > 0.9  # stems
+    p, r = 2 / 3, 2 / 4
+    f = p * r / (0.9 * p + 0.1 * r)
+    assert evaluate.meteor("a b x", "a b y z") == pytest.approx(f * (1 - 0.5 * (1 / 2) ** 3))
+
+
+def test_sameness_shows_a_collapsed_policy():
+    prompts = [f"p{i}" for i in range(30)]
+    collapsed = evaluate.sameness(prompts, ["True ."] * 30)
+    assert (collapsed["duplicate_share"], collapsed["short_share"], collapsed["length"]) == (1.0, 1.0, 2.0)
+    different = evaluate.sameness(prompts, [f"answer number {i} says something about {i * i} things" for i in range(30)])
+    assert different["duplicate_share"] == 0.0
+    assert different["short_share"] == 0.0
+    if evaluate.meteor_form():
+        assert collapsed["meteor_similarity"] > different["meteor_similarity"]
+    one_prompt = evaluate.sameness(["p"] * 5, ["a b c d"] * 5)
+    assert one_prompt["duplicate_share"] is None  # pairs are of different prompts only
+    assert evaluate.sameness([], [])["length"] is None
+
+
+def test_without_nltk_the_metric_is_missing_and_says_what_to_install(monkeypatch):
+    import sys
+
+    evaluate.meteor_form.cache_clear()
+    monkeypatch.setitem(sys.modules, "nltk", None)
+    try:
+        assert evaluate.meteor_form() is None
+        assert evaluate.sameness(["a", "b"], ["x", "y"])["meteor_similarity"] is None
+        with pytest.raises(InputError, match="pip install nltk"):
+            evaluate.meteor("a", "a")
+    finally:
+        evaluate.meteor_form.cache_clear()
+
+
+def test_calibration_by_hand():
+    # Bins: .95 right, .05 wrong (twice), .85 wrong, .15 right.
+    probabilities = torch.tensor([[0.95, 0.05], [0.85, 0.15]])
+    expected = ((1 - 0.95) ** 2 + (0 - 0.05) ** 2 + (0 - 0.85) ** 2 + (1 - 0.15) ** 2) / 4
+    assert evaluate.calibration_error(probabilities, torch.tensor([0, 1])) == pytest.approx(expected)
+    # Edges: a bin holds its lower edge, and the last one its upper edge too.
+    edges = torch.tensor([[0.3, 0.7], [1.0, 0.0]])
+    expected = ((0 - 0.35) ** 2 + (1 - 0.75) ** 2 + (1 - 0.95) ** 2 + (0 - 0.05) ** 2) / 4
+    assert evaluate.calibration_error(edges, torch.tensor([1, 0])) == pytest.approx(expected)
+    # A question with fewer choices.
+    some = torch.tensor([[0.5, 0.5, math.nan]])
+    assert evaluate.calibration_error(some, torch.tensor([0])) == pytest.approx((0.5 - 0.55) ** 2)
+    with pytest.raises(ValueError, match="choices"):
+        evaluate.calibration_error(torch.zeros(3), torch.zeros(3))
