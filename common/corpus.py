@@ -12,12 +12,10 @@ import hashlib
 import io
 import json
 import math
-import multiprocessing
 import os
 import platform
 import random
 import shutil
-import signal
 import sys
 import sysconfig
 import tempfile
@@ -249,24 +247,14 @@ def score_rest(texts: list[str], scorer: scorers.Scorer, part: Path, say=print) 
     if done:
         say(f"Scoring goes on after {len(done):,} of {len(texts):,} documents.")
     size = sum(map(len, rest))
-    workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 1 + size // 200_000)
+    workers = min(scorers.processors(), 1 + size // 200_000)
     bar = tqdm(total=size, desc="scoring the corpus (once)", unit="B", unit_scale=True, mininterval=0.5 if sys.stderr.isatty() else 10.0)
     with part.open("a", encoding="utf-8") as file, bar:
-
-        def write(lines: Iterator[str]) -> None:
-            for text, line in zip(rest, lines):
-                file.write(line)
-                file.flush()
-                bar.update(len(text))
-
-        work = partial(line_of, scorer.segments)
-        if scorer.parallel and workers > 1:
-            # Forked workers run regular expressions only; they leave Ctrl-C to this process and end with the pool.
-            context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-            with context.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-                write(pool.imap(work, rest, chunksize=1 if len(rest) < 1000 else 16))
-        else:
-            write(map(work, rest))
+        lines = scorers.in_parallel(partial(line_of, scorer.segments), rest, workers) if scorer.parallel else map(partial(line_of, scorer.segments), rest)
+        for text, line in zip(rest, lines):
+            file.write(line)
+            file.flush()
+            bar.update(len(text))
 
 
 def threshold_of(documents: list[Document], value: float | None, quantile: float | None, of: str = "segments") -> float:
@@ -353,7 +341,7 @@ def encode_documents(tokenizer, documents: list[Document], marks: Iterable[list[
     for start in range(0, len(documents), 256):
         some = documents[start : start + 256]
         segments = [segment for document in some for segment in document["segments"]]
-        found = iter(tokenizer(segments, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False).input_ids if segments else [])
+        found = iter(ids_of(tokenizer, segments))
         for document in some:
             before = next(marks) if marks is not None else [None] * len(document["segments"])
             ids, token_scores = [], []
@@ -362,6 +350,18 @@ def encode_documents(tokenizer, documents: list[Document], marks: Iterable[list[
                 ids += of_segment
                 token_scores += [score] * len(of_segment)
             yield ids, token_scores
+
+
+def ids_of(tokenizer, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text by itself, special tokens neither added nor read in it. The tokenizer's own fast part is three times faster asked directly."""
+    fast = tokenizer.backend_tokenizer
+    fast.no_padding()
+    fast.no_truncation()
+    before, fast.encode_special_tokens = fast.encode_special_tokens, True
+    try:
+        return [found.ids for found in fast.encode_batch_fast(texts, add_special_tokens=False)]
+    finally:
+        fast.encode_special_tokens = before
 
 
 def pack(encoded: Iterable[tuple[list[int], list[float]]], eos_id: int, context: int) -> tuple[torch.Tensor, torch.Tensor, int]:

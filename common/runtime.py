@@ -702,6 +702,27 @@ def device_name(device) -> str:
     return f"cpu, {names[0] if names else platform.machine()}, {os.cpu_count()} cores"
 
 
+PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+
+
+def peak_flops(device, dtype) -> float | None:
+    """Peak of dense bfloat16 products of a GPU in FLOP/s, float32 sums, as its maker states it; None for other devices and for float32."""
+    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else ""
+    return next((peak for part, peak in PEAKS.items() if part in name), None) if dtype == torch.bfloat16 else None
+
+
+def training_flops(model, context: int) -> float:
+    """Floating-point operations of training on one token, forward and backward: 6 for each weight that multiplies, and attention over `context`.
+
+    Embeddings are looked up and count only where they are the output layer too. Attention counts all of the context, as is usual, though half
+    of it is masked; recomputed activations are not counted.
+    """
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    looked_up = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding) and m.weight is not head.weight)
+    weights = sum(p.numel() for p in model.parameters()) - looked_up
+    return 6.0 * weights + 12.0 * config.num_hidden_layers * config.hidden_size * context
+
+
 def start(args, script: str) -> Run:
     """Begins a run, or takes one up again. `run.args` are the arguments that hold from here on. Raises InputError for bad ones."""
     return Run(args, script)

@@ -9,9 +9,13 @@ The three packages, and sentencex, which splits sentences, are needed by their t
 owns the white space in front of it (a line: the line break before it), so that the segments joined are the text to the last character.
 """
 
+import multiprocessing
+import os
 import platform
 import re
-from collections.abc import Callable
+import signal
+import sys
+from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -49,14 +53,14 @@ def load(task: str, scorer: str = "", samples: bool = False, device="cpu") -> Sc
     if task == "toy":
         from common import toy
 
-        return Scorer("toy rudeness", toy_segments, lambda texts: [toy.rudeness(text) for text in texts], False)
+        return Scorer("toy rudeness", toy_segments, partial(each, toy.rudeness), False)
     if task == "pep8":
         version = needed("pycodestyle", task).__version__
-        return Scorer(f"pycodestyle {version}, Python {platform.python_version()}", pep8_segments, lambda texts: list(map(pep8, texts)), True)
+        return Scorer(f"pycodestyle {version}, Python {platform.python_version()}", pep8_segments, partial(each, pep8), True)
     splitter = f"sentencex {version_of(needed('sentencex', task))}"
     if task == "pii":
         version = version_of(needed("scrubadub", task))
-        return Scorer(f"scrubadub {version}, {splitter}", pii_segments, lambda texts: list(map(pii, texts)), True)
+        return Scorer(f"scrubadub {version}, {splitter}", pii_segments, partial(each, pii), True)
     name = scorer or ("unbiased" if samples else "original")
     probabilities, version = detoxify(name, str(device))
 
@@ -82,6 +86,35 @@ def version_of(module) -> str:
     import importlib.metadata
 
     return importlib.metadata.version(module.__name__)
+
+
+def each(function, texts: list[str]) -> list[float]:
+    """`function` of each text; a lambda could not be sent to another process."""
+    return [function(text) for text in texts]
+
+
+def processors() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def in_parallel(function, items: list, workers: int) -> Iterator:
+    """`function(item)` for each item, in order, by several processes where `workers` is more than one.
+
+    The processes are forked and run regular expressions only; they leave Ctrl-C to this process and end with the pool.
+    """
+    if workers <= 1:
+        yield from map(function, items)
+        return
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    with context.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+        yield from pool.imap(function, items, chunksize=1 if len(items) < 1000 else 16)
+
+
+def judge(scorer: Scorer, texts: list[str]) -> list[float]:
+    """The score of each text, by several processes where that is worth it."""
+    workers = min(processors(), 1 + sum(map(len, texts)) // 200_000) if scorer.parallel else 1
+    return scorer.whole(texts) if workers == 1 else [score for [score] in in_parallel(scorer.whole, [[text] for text in texts], workers)]
 
 
 # ----------------------------------------------------------------------------------------------------------- segments
