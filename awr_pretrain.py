@@ -23,9 +23,7 @@ Differences from the authors' code:
 """
 
 import dataclasses
-
-# [method]
-# [/method]
+import random
 from dataclasses import dataclass
 from typing import Literal
 
@@ -224,13 +222,15 @@ def main(args: Args) -> None:
     tokenizer = runtime.load_tokenizer(start) if start else corpus.load_tokenizer(args, documents["train"], run.say)
     model = runtime.load_model(start, run.device, tokenizer) if start else corpus.new_model(args.model, tokenizer, args.context, args.seed).to(run.device)
     # [method]
+    if args.alpha > 1:
+        raise data.InputError(f"--alpha {args.alpha}: expected a share, between 0 and 1.")
     model = add_value_head(model, runtime.load_weights(start, "value.weight") if start else {})
     # [/method]
     runtime.disable_dropout(model)
     run.prepare(model.train())
     loss_and_metrics = runtime.as_forward(model, compute_loss)
 
-    def encoded(split: str) -> list:
+    def encoded(split: str, rng: random.Random) -> list:
         # [method]
         """(token ids, their scores) of each document."""
         return [corpus.encode(tokenizer, document["segments"], document["scores"]) for document in documents[split]]
@@ -239,7 +239,8 @@ def main(args: Args) -> None:
     # Chunks of tokens, and the order in which training sees them.
     ids, scores = {}, {}  # [chunks, context] for each split
     for split in documents:
-        ids[split], scores[split] = corpus.pack(encoded(split), tokenizer.eos_token_id, args.context, split, run.say)
+        found = encoded(split, random.Random(f"{args.seed} {split}"))
+        ids[split], scores[split] = corpus.pack(found, tokenizer.eos_token_id, args.context, split, run.say)
     plan = corpus.plan(len(ids["train"]), args.batch_size, args.tokens, args.context, args.seed)
     plan = plan[: args.max_steps] if args.max_steps > 0 else plan
     targets = args.context - 1  # in each chunk

@@ -25,9 +25,7 @@ Differences from the authors' code:
 """
 
 import dataclasses
-
-# [method]
-# [/method]
+import random
 from dataclasses import dataclass
 from typing import Literal
 
@@ -209,7 +207,7 @@ def main(args: Args) -> None:
     run.prepare(model.train())
     loss_and_metrics = runtime.as_forward(model, compute_loss)
 
-    def encoded(split: str) -> list:
+    def encoded(split: str, rng: random.Random) -> list:
         # [method]
         """(token ids, their scores) of each document."""
         return [corpus.encode(tokenizer, document["segments"], document["scores"]) for document in documents[split]]
@@ -218,7 +216,8 @@ def main(args: Args) -> None:
     # Chunks of tokens, and the order in which training sees them.
     ids, scores = {}, {}  # [chunks, context] for each split
     for split in documents:
-        ids[split], scores[split] = corpus.pack(encoded(split), tokenizer.eos_token_id, args.context, split, run.say)
+        found = encoded(split, random.Random(f"{args.seed} {split}"))
+        ids[split], scores[split] = corpus.pack(found, tokenizer.eos_token_id, args.context, split, run.say)
     plan = corpus.plan(len(ids["train"]), args.batch_size, args.tokens, args.context, args.seed)
     plan = plan[: args.max_steps] if args.max_steps > 0 else plan
     targets = args.context - 1  # in each chunk
