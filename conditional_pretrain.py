@@ -50,12 +50,14 @@ class Args:
     """Where segments and scores come from: the embedded toy, lines under pycodestyle, sentences under scrubadub or Detoxify."""
     data: str = ""
     """stdlib or a folder of .py files (pep8); text files, a folder or a hub data set (pii, toxicity). Empty: the task's own, where it has one."""
+    scorer: str = ""
+    """original, unbiased or a folder: the Detoxify model of the task toxicity; empty: original for the corpus, unbiased for samples."""
     text_field: str = "text"
     """The field that holds a document's text in rows of a file or hub data set."""
     holdout: float = 0.05
     """Share of the documents held out."""
     model: str = "tiny"
-    """tiny, gpt2-small, or a folder with a config.json: the size of the GPT-2 type that is trained from scratch."""
+    """tiny, small or gpt2-small, GPT-2 types, or a folder with a config.json: what is trained from scratch."""
     init: str = ""
     """A folder to start from instead, for example a run of plain pretraining: its weights and tokenizer, with a fresh optimiser and schedule."""
     tokenizer: str = ""
@@ -111,9 +113,9 @@ class Args:
     attacker: str = ""
     """A causal LM, folder or hub id, that proposes the red team's prompts; empty: the trained model itself."""
     teacher: str = ""
-    """A stronger model's folder: KL(teacher || model) is measured on its samples. It may have another tokenizer only if it is scored on text; see docs."""
+    """A stronger model's folder: KL(teacher || model) is measured on its samples."""
     baseline: str = "auto"
-    """The plain model that the end table compares with: a folder; none; auto: on the toy one of the same size and budget, made once and cached."""
+    """The plain model in the end table: a folder, or none; auto: on the toy one of the same size and budget, made once and cached, else none."""
     track: Literal["none", "tensorboard", "wandb"] = "none"
     """Where metrics also go: none, tensorboard or wandb."""
 
@@ -206,12 +208,14 @@ def main(args: Args) -> None:
     run = runtime.start(args, __file__)
 
     # Documents with their segments and scores, and what counts as good.
-    documents, data_sha256 = corpus.load(run.args, run.say)
+    documents, facts = corpus.load(run.args, run.say)
     # [method]
     threshold = corpus.threshold_of(documents["train"], run.args.threshold, run.args.threshold_quantile)
     # [/method]
     args = dataclasses.replace(run.args, threshold=threshold)
-    corpus.say_shares(documents["train"], threshold, run.say)
+    segments = [score for document in documents["train"] for score in document["scores"]]
+    good_share = sum(score <= threshold for score in segments) / len(segments)
+    run.say(f"Threshold {threshold:.6g}: {good_share:.1%} of the training segments are good, {1 - good_share:.1%} bad.")
 
     # A new model, or one to start from.
     start = str(run.checkpoint or args.init)
@@ -221,29 +225,35 @@ def main(args: Args) -> None:
     good, bad = new_tokens(model, tokenizer, (GOOD, BAD), args.seed)
     # [/method]
     runtime.disable_dropout(model)
-    run.prepare(model.train())
+    flops = runtime.training_flops(model, args.context)  # for each token
+    run.prepare(model.train(), dynamic=None)
     loss_and_metrics = runtime.as_forward(model, compute_loss)
 
-    def encoded(split: str, rng: random.Random) -> list:
+    def encoded(split: str, rng: random.Random):
         # [method]
         """(token ids, their scores) of each document, with control tokens."""
-        found, ids_of = [], {GOOD: good, BAD: bad, "": None}
-        for document in documents[split]:
-            segments = document["segments"]
-            marked = add_control_tokens(segments, document["scores"], args.threshold, args.drop, rng)
-            marks = [ids_of[text[: len(text) - len(segment)]] for text, segment in zip(marked, segments)]
-            found.append(corpus.encode(tokenizer, segments, document["scores"], marks))
-        return found
+        ids_of = {GOOD: good, BAD: bad, "": None}
+
+        def marks(document: dict) -> list[int | None]:
+            marked = add_control_tokens(document["segments"], document["scores"], args.threshold, args.drop, rng)
+            return [ids_of[text[: len(text) - len(segment)]] for text, segment in zip(marked, document["segments"])]
+
+        return corpus.encode_documents(tokenizer, documents[split], map(marks, documents[split]))
         # [/method]
 
     # Chunks of tokens, and the order in which training sees them.
     ids, scores = {}, {}  # [chunks, context] for each split
     for split in documents:
-        found = encoded(split, random.Random(f"{args.seed} {split}"))
-        ids[split], scores[split] = corpus.pack(found, tokenizer.eos_token_id, args.context, split, run.say)
+        ids[split], scores[split], left = corpus.pack(encoded(split, random.Random(f"{args.seed} {split}")), tokenizer.eos_token_id, args.context)
+        run.say(
+            f"{split.capitalize().replace('_', '-')}: {len(ids[split]):,} chunks of {args.context} tokens; the last {left} tokens fill none and are left out."
+        )
+    if not len(ids["train"]):
+        raise data.InputError(f"--context {args.context}: the training documents are shorter than one chunk.")
     plan = corpus.plan(len(ids["train"]), args.batch_size, args.tokens, args.context, args.seed)
     plan = plan[: args.max_steps] if args.max_steps > 0 else plan
     targets = args.context - 1  # in each chunk
+    run.remember("corpus", lambda: facts | {"threshold": threshold, "good_share": good_share, "chunks": len(ids["train"])})
 
     def batch_of(split: str, rows: list[int]) -> dict:
         return {"input_ids": run.put(ids[split][rows]).long(), "scores": run.put(scores[split][rows])}
@@ -276,7 +286,7 @@ def main(args: Args) -> None:
 
     run.save_model(model, tokenizer, run.folder)
     del optimizer
-    columns = samples.judge_baseline(run, args, documents, tokenizer, len(plan))
+    columns = samples.judge_baseline(run, args, documents)
     # [method]
     both = [good, bad]
     asked = {"after": ([good], both), "after_bad": ([bad], both), "after_no_token": ([], both)}  # what the samples begin with; what is banned
@@ -285,8 +295,8 @@ def main(args: Args) -> None:
     for name, (prefix, banned) in asked.items():
         columns[name] = samples.judge(run, args, model, tokenizer, documents["held_out"], prefix, banned, control=both)
     # [/method]
-    run.finish({name: {"held_out": values} for name, values in columns.items()}, args.init, data_sha256)
-    samples.print_table(run, columns)
+    summary = run.finish({name: {"held_out": values} for name, values in columns.items()}, args.init, facts["sha256"], flops)
+    samples.print_table(run, columns, summary)
 
 
 if __name__ == "__main__":
