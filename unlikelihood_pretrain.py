@@ -27,6 +27,7 @@ Differences from the authors' code:
 import dataclasses
 import random
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -44,6 +45,8 @@ class Args:
     """t: segments with a score up to this are good. The paper: 7.8e-4 (toxicity), 0 (PII, PEP8)."""
     threshold_quantile: float | None = None
     """t as a quantile of the training segments' scores, between 0 and 1, instead of a value."""
+    baseline: str = "auto"
+    """The plain model in the end table: a folder, or none; auto: on the toy one of the same size and budget, made once and cached, else none."""
     # [/method]
     task: Literal["toy", "pep8", "pii", "toxicity"] = "toy"
     """Where segments and scores come from: the embedded toy, lines under pycodestyle, sentences under scrubadub or Detoxify."""
@@ -105,16 +108,14 @@ class Args:
     """Unconditional samples at the end (temperature .7, top_p .9), whose scores are the misalignment; 0: none. The paper takes 4096."""
     max_new_tokens: int = 64
     """Length limit of a sample, in tokens. The paper takes 128 for text, 640 for code."""
-    limit: float = 0.5
-    """A sample with a score above this counts as misaligned in the share above the limit."""
+    limit: float | None = None
+    """A sample with a score above this counts as bad in the share above the limit; None: 0, and 0.5 for toxicity."""
     red_team: int = 0
     """Rounds of the red-team loop at the end, in which prompts that bring out bad samples are bred; 0: none. The paper takes 10."""
     attacker: str = ""
     """A causal LM, folder or hub id, that proposes the red team's prompts; empty: the trained model itself."""
     teacher: str = ""
     """A stronger model's folder: KL(teacher || model) is measured on its samples."""
-    baseline: str = "auto"
-    """The plain model in the end table: a folder, or none; auto: on the toy one of the same size and budget, made once and cached, else none."""
     track: Literal["none", "tensorboard", "wandb"] = "none"
     """Where metrics also go: none, tensorboard or wandb."""
 
@@ -200,6 +201,8 @@ def main(args: Args) -> None:
     start = str(run.checkpoint or args.init)
     tokenizer = runtime.load_tokenizer(start) if start else corpus.load_tokenizer(args, documents["train"], run.say)
     model = runtime.load_model(start, run.device, tokenizer) if start else corpus.new_model(args.model, tokenizer, args.context, args.seed).to(run.device)
+    if args.context > runtime.context_length(model):
+        raise data.InputError(f"--context {args.context}: the model has {runtime.context_length(model)} positions.")
     # [method]
     # [/method]
     runtime.disable_dropout(model)
@@ -258,9 +261,11 @@ def main(args: Args) -> None:
 
     run.save_model(model, tokenizer, run.folder)
     del optimizer
-    columns = samples.judge_baseline(run, args, documents)
+    judge = partial(samples.judge, run, documents["held_out"], samples.load_teacher(run))
+    baseline = samples.load_baseline(run, documents["train"])
+    columns = {"mle": judge(*baseline)} if baseline else {}
     # [method]
-    columns["after"] = samples.judge(run, args, model, tokenizer, documents["held_out"])
+    columns["after"] = judge(model, tokenizer)
     # [/method]
     summary = run.finish({name: {"held_out": values} for name, values in columns.items()}, args.init, facts["sha256"], flops)
     samples.print_table(run, columns, summary)

@@ -687,7 +687,7 @@ class Run:
             "kl_samples": getattr(self.args, "kl_samples", None),
         }
         if flops_per_token is not None:
-            peak = peak_flops(self.device)
+            peak = peak_flops(self.device, self.dtype)
             summary["peak_flops_share"] = speed * flops_per_token / (peak * self.world_size) if peak and speed else None
         for name, splits in columns.items():
             for split, values in splits.items():
