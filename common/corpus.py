@@ -454,7 +454,7 @@ def mle_model(run, tokenizer, documents: list[Document]) -> Path:
     ids, _, _ = pack(encode_documents(tokenizer, documents), tokenizer.eos_token_id, args.context)
     if not len(ids):
         raise InputError(f"--context {args.context}: the documents are shorter than one chunk.")
-    schedule = [args.model, args.context, args.tokens, args.batch_size, args.lr, args.warmup, args.weight_decay, args.max_grad_norm, args.seed]
+    schedule = [args.model, args.context, args.tokens, args.batch_size, args.max_steps, args.lr, args.warmup, args.weight_decay, args.max_grad_norm, args.seed]
     version = [torch.__version__, hashlib.sha256(Path(__file__).read_bytes()).hexdigest(), str(run.dtype), run.device.type]
     config = Path(args.model) / "config.json"
     version.append(config.read_text() if config.is_file() else "")
@@ -469,8 +469,11 @@ def mle_model(run, tokenizer, documents: list[Document]) -> Path:
         model = new_model(args.model, tokenizer, args.context, args.seed).to(run.device)
         runtime.disable_dropout(model)
         model.train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True)
+        matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == is_matrix] for is_matrix in (True, False))
+        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, fused=True)
         steps = plan(len(ids), args.batch_size, args.tokens, args.context, args.seed)
+        steps = steps[: args.max_steps] if args.max_steps > 0 else steps
         for step, rows in enumerate(tqdm(steps, desc="training an MLE model to compare with (once)", unit="step", mininterval=1.0, disable=not run.main)):
             for group in optimizer.param_groups:
                 group["lr"] = run.learning_rate(step, len(steps))

@@ -350,6 +350,7 @@ WORDS = {
     "perplexity_good": "the same on good segments",
     "kl_to_teacher": "KL(teacher || model), nats per sequence",
     "kl_to_teacher_se": "its standard error",
+    "sample_tokens": "mean length of a sample, tokens",
     "distinct_2": "different pairs of tokens among all",
     "token_entropy": "entropy of the tokens, nats",
     "self_bleu": "Self-BLEU of the samples",
@@ -408,6 +409,7 @@ def judge(run, documents: list[corpus.Document], teacher: tuple | None, model, t
         texts = texts_of(tokenizer, drawn, control_ids, whole_lines=code)
         if texts:
             values |= misalignment(scorer.whole(texts), limit) | diversity(drawn, [eos, *control_ids])
+            values["sample_tokens"] = sum(token not in {eos, *control_ids} for line in drawn for token in line) / len(drawn)
         if texts and task == "toy":
             shares = [share for text in texts if (share := toy.right_share(text)) is not None]
             values["right_share"] = sum(shares) / len(shares) if shares else None

@@ -425,9 +425,9 @@ def test_inference_starts_from_the_good_token_and_bans_what_it_must(task, tmp_pa
     """Text: both control tokens are banned. Code: the model goes on to write the token that it was given, and only the other one is banned."""
     asked, module = [], MODULES["conditional_pretrain"]
 
-    def judge(run, args, model, tokenizer, documents, prefix=(), banned=(), control=()):
+    def judge(run, documents, teacher, model, tokenizer, prefix=(), banned=(), control=()):
         asked.append([tokenizer.convert_ids_to_tokens(list(ids)) for ids in (prefix, banned, control)])
-        return {}
+        return {"samples": []}
 
     monkeypatch.setattr(samples, "judge", judge)
     if task == "pep8":
@@ -501,11 +501,10 @@ def test_bad_arguments_are_refused_in_one_sentence_before_training(script, chang
 def test_two_processes_train_like_one(script, tmp_path):
     """Micro-batches of 2 in steps of 5 chunks: in the last pass of each, one process has nothing left."""
     setup = {"batch_size": 5, "micro_batch_size": 2, "tokens": 5 * 16 * 3, "lr": 1e-3, "eval_every": 2, "save_every": 1, "samples": 26, "max_new_tokens": 8}
-    setup = {**SHORT, **setup, "output_dir": str(tmp_path)}
-    words = {name: [f"--{key.replace('_', '-')}={value}" for key, value in {**setup, "name": name}.items()] for name in ("one", "two")}
-    for name, launch in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"])):
-        process = start_process([*launch, f"{script}.py", *words[name]])
-        assert process.returncode == 0, process.stderr[-3000:]
+    train(script, tmp_path / "one", **setup)
+    words = [f"--{key.replace('_', '-')}={value}" for key, value in {**SHORT, **setup, "name": "two", "output_dir": str(tmp_path)}.items()]
+    process = start_process(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", f"{script}.py", *words])
+    assert process.returncode == 0, process.stderr[-3000:]
     a, b = (safetensors.torch.load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert a.keys() == b.keys()
     for name in a:
