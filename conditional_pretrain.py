@@ -42,10 +42,10 @@ class Args:
     # [method]
     drop: float = 0.01
     """d: probability with which a segment's control token is left out. The paper: 0.01 on text, 0.1 on code."""
-    threshold: float | None = 0.0
+    threshold: float | None = None
     """t: segments with a score up to this are good. The paper: 5.6e-4 (toxicity), 0 (PII, PEP8)."""
     threshold_quantile: float | None = None
-    """t as a quantile of the training segments' scores, between 0 and 1, instead of a value."""
+    """t as a quantile of the training segments' scores, between 0 and 1, instead of a value; neither given: threshold 0."""
     baseline: str = "auto"
     """The plain model in the end table: a folder, or none; auto: on the toy one of the same size and budget, made once and cached, else none."""
     # [/method]
@@ -211,7 +211,8 @@ def main(args: Args) -> None:
     # Documents with their segments and scores, and what counts as good.
     documents, facts = corpus.load(run.args, run.say)
     # [method]
-    threshold = corpus.threshold_of(documents["train"], run.args.threshold, run.args.threshold_quantile)
+    neither = run.args.threshold is None and run.args.threshold_quantile is None
+    threshold = corpus.threshold_of(documents["train"], 0.0 if neither else run.args.threshold, run.args.threshold_quantile)
     # [/method]
     args = dataclasses.replace(run.args, threshold=threshold)
     segments = [score for document in documents["train"] for score in document["scores"]]

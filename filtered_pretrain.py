@@ -39,8 +39,8 @@ class Args:
     # [method]
     threshold: float | None = None
     """t: documents whose mean score exceeds it are left out. The paper: 7.8e-4 (toxicity), 2.86e-4 (PII), 2.361e-3 (PEP8)."""
-    threshold_quantile: float | None = 0.5
-    """t as a quantile of the training documents' mean scores, between 0 and 1, instead of a value."""
+    threshold_quantile: float | None = None
+    """t as a quantile of the training documents' mean scores, between 0 and 1, instead of a value; neither given: their median."""
     baseline: str = "auto"
     """The plain model in the end table: a folder, or none; auto: on the toy one of the same size and budget, made once and cached, else none."""
     # [/method]
@@ -174,7 +174,8 @@ def main(args: Args) -> None:
     # Documents with their segments and scores, and what counts as good.
     documents, facts = corpus.load(run.args, run.say)
     # [method]
-    threshold = corpus.threshold_of(documents["train"], run.args.threshold, run.args.threshold_quantile, of="documents")
+    neither = run.args.threshold is None and run.args.threshold_quantile is None
+    threshold = corpus.threshold_of(documents["train"], run.args.threshold, 0.5 if neither else run.args.threshold_quantile, of="documents")
     # [/method]
     args = dataclasses.replace(run.args, threshold=threshold)
     segments = [score for document in documents["train"] for score in document["scores"]]

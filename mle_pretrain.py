@@ -34,10 +34,10 @@ from torch.utils.checkpoint import checkpoint
 @dataclass
 class Args:
     # [method]
-    threshold: float | None = 0.0
+    threshold: float | None = None
     """Segments with a score up to this are good: here for the printed shares and the perplexity on good text only."""
     threshold_quantile: float | None = None
-    """The threshold as a quantile of the training segments' scores, between 0 and 1, instead of a value."""
+    """The threshold as a quantile of the training segments' scores, between 0 and 1, instead of a value; neither given: threshold 0."""
     baseline: str = "none"
     """A plain model in the end table beside this one: a folder, or none; auto: on the toy one made by common's own plain training, once."""
     # [/method]
@@ -166,7 +166,8 @@ def main(args: Args) -> None:
     # Documents with their segments and scores, and what counts as good.
     documents, facts = corpus.load(run.args, run.say)
     # [method]
-    threshold = corpus.threshold_of(documents["train"], run.args.threshold, run.args.threshold_quantile)
+    neither = run.args.threshold is None and run.args.threshold_quantile is None
+    threshold = corpus.threshold_of(documents["train"], 0.0 if neither else run.args.threshold, run.args.threshold_quantile)
     # [/method]
     args = dataclasses.replace(run.args, threshold=threshold)
     segments = [score for document in documents["train"] for score in document["scores"]]

@@ -73,7 +73,7 @@ def test_the_value_is_trained_by_the_squared_error_alone_and_so_is_the_backbone_
         model = module.add_value_head(models.tiny_gpt2(len(toy_tokenizer)), {})
         torch.nn.init.normal_(model.value.weight, std=moved, generator=torch.Generator().manual_seed(0))
         with mock.patch.object(module, "target_logps", module.target_logps if logps else lambda model, hidden, targets: torch.zeros(targets.shape)):
-            module.compute_loss(model, batch, module.Args(alpha=alpha))[0].backward()
+            module.compute_loss(model, batch, module.Args(alpha=alpha, threshold=0.5))[0].backward()
         return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
 
     assert not gradients(1.0, moved=0.1)["value.weight"].any()  # nothing but the weighted likelihood: the value gets no gradient
@@ -215,7 +215,7 @@ def test_the_run_folder(script, tmp_path, short_toy, capsys):
 def test_the_first_loss_is_that_of_a_new_model_on_the_first_chunks(script, tmp_path, short_toy):
     """From the arguments to the first logged number, against the library's own loss and the paper's formulas."""
     changes = {"unlikelihood_pretrain": {"alpha": 0.5}, "rwr_pretrain": {"beta": 0.3}, "awr_pretrain": {"alpha": 0.5, "beta": 0.3}}.get(script, {})
-    batches, _ = recorded(script, tmp_path / "run", tokens=64.0, threshold_quantile=None, threshold=0.3, dtype="float32", **changes)
+    batches, _ = recorded(script, tmp_path / "run", tokens=64.0, threshold=0.3, dtype="float32", **changes)
     first = batches[0]
     tokenizer = toy.build_tokenizer()
     model = corpus.new_model("tiny", tokenizer, 16, 0).eval()
@@ -278,7 +278,7 @@ def test_control_tokens_stand_before_the_segments_that_they_judge(tmp_path, shor
 
 
 def test_filtering_trains_on_kept_documents_only_and_repeats_them(tmp_path, short_toy):
-    batches, _ = recorded("filtered_pretrain", tmp_path / "run", context=64, tokens=64 * 4 * 20.0, threshold=0.0, threshold_quantile=None)
+    batches, _ = recorded("filtered_pretrain", tmp_path / "run", context=64, tokens=64 * 4 * 20.0, threshold=0.0)
     assert not any(batch["scores"].any() for batch in batches)
     assert len(batches) == 20  # the budget is spent though little is left
     seen = torch.cat([batch["input_ids"] for batch in batches])
@@ -476,8 +476,8 @@ def test_a_control_token_in_a_text_stays_text(tmp_path):
         ("mle_pretrain", {"init": "/no/such/folder"}, "/no/such/folder"),
         ("mle_pretrain", {"context": 10_000}, "--context 10000"),
         ("mle_pretrain", {"threshold": 0.1, "threshold_quantile": 0.5}, "one of them"),
-        ("mle_pretrain", {"threshold": None, "threshold_quantile": 1.5}, "--threshold-quantile 1.5"),
-        ("filtered_pretrain", {"threshold": -1.0, "threshold_quantile": None}, "none is left"),
+        ("mle_pretrain", {"threshold_quantile": 1.5}, "--threshold-quantile 1.5"),
+        ("filtered_pretrain", {"threshold": -1.0}, "none is left"),
         ("conditional_pretrain", {"drop": 1.1}, "--drop"),
         ("unlikelihood_pretrain", {"alpha": -1.0}, "--alpha"),
         ("rwr_pretrain", {"beta": 0.0}, "--beta"),

@@ -129,13 +129,13 @@ print(json.dumps(found))
 '''
 
 
-# Loss summed over the ten targets of two chunks, from their log-probabilities and scores, as each script's docstring writes it. Scores are 0 or
-# above 1/2, so that all default thresholds cut between them; a zero head's value is -1/2.
+# Loss summed over the ten targets of two chunks, from their log-probabilities and scores, as each script's docstring writes it, at threshold .25. A
+# zero head's value is -1/2.
 CORPUS = {
     "mle_pretrain": lambda args, logp, score: -logp,
     "filtered_pretrain": lambda args, logp, score: -logp,
     "conditional_pretrain": lambda args, logp, score: -logp,
-    "unlikelihood_pretrain": lambda args, logp, score: -logp if score <= args.threshold else -args.alpha * math.log(1 - math.exp(logp)),
+    "unlikelihood_pretrain": lambda args, logp, score: -logp if score <= 0.25 else -args.alpha * math.log(1 - math.exp(logp)),
     "rwr_pretrain": lambda args, logp, score: -math.exp(-score / args.beta) * logp,
     "awr_pretrain": lambda args, logp, score: -args.alpha * math.exp((0.5 - score) / args.beta) * logp + (1 - args.alpha) * (0.5 - score) ** 2,
 }
@@ -154,7 +154,7 @@ shape = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 8, "initializer
 model = GPT2LMHeadModel(GPT2Config(vocab_size=20, **shape)).eval()
 model = script.add_value_head(model, {}) if hasattr(script, "add_value_head") else model
 args = script.Args()
-args.threshold = 0.25 if args.threshold is None else args.threshold
+args.threshold = 0.25
 ids = torch.randint(20, (2, 6))
 scores = torch.tensor([[0.9, 0.0, 0.0, 0.75, 0.75, 0.0], [0.0, 0.5, 0.5, 0.0, 1.0, 1.0]])
 with torch.no_grad():
