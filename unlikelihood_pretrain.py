@@ -159,8 +159,8 @@ def unlikelihood_loss(token_logps: torch.Tensor, token_scores: torch.Tensor, thr
     if token_scores.shape != token_logps.shape:
         raise ValueError(f"expected two tensors of one shape, got {tuple(token_logps.shape)} and {tuple(token_scores.shape)}")
     bad = token_scores > threshold
-    # The branch that `where` does not take still sends its gradient, times 0: on a good token with p = 1 that would be 0 * inf = nan.
-    below_one = torch.where(bad, token_logps, -1.0).clamp(max=-torch.finfo(token_logps.dtype).eps)
+    # Float32 log-softmax does return 0, where the slope is infinite; and `where` sends 0 times the slope of the branch that it does not take: nan.
+    below_one = token_logps.clamp(max=-torch.finfo(token_logps.dtype).eps)
     return torch.where(bad, -alpha * torch.log(-torch.expm1(below_one)), -token_logps)
 
 

@@ -488,7 +488,125 @@ METHODS = [
     ),
 ]
 
-TABLE = FOUNDATION + METHODS
+CORPUS = tuple(f"{name}_pretrain.py" for name in ("mle", "filtered", "conditional", "unlikelihood", "rwr", "awr"))
+CORPUS_LOSSES, PRETRAIN = "test_pretrain_losses.py::", "test_pretrain.py::"
+
+PRETRAINING = [
+    Mutant(
+        "probabilities of one not clamped",
+        ("unlikelihood_pretrain.py",),
+        ".clamp(max=-torch.finfo(token_logps.dtype).eps)",
+        "",
+        CORPUS_LOSSES + "test_probabilities_of_one_give_no_nan_on_either_branch",
+    ),
+    Mutant(
+        "a score equal to the threshold is bad",
+        ("unlikelihood_pretrain.py",),
+        "bad = token_scores > threshold",
+        "bad = token_scores >= threshold",
+        CORPUS_LOSSES + "test_a_score_equal_to_the_threshold_is_good",
+    ),
+    Mutant(
+        "a segment at the threshold is bad",
+        ("conditional_pretrain.py",),
+        "GOOD if score <= threshold else BAD",
+        "GOOD if score < threshold else BAD",
+        CORPUS_LOSSES + "test_a_score_equal_to_the_threshold_is_good",
+    ),
+    Mutant(
+        "the score of the position, not of the target",
+        CORPUS,
+        'batch["scores"][:, 1:]',
+        'batch["scores"][:, :-1]',
+        PRETRAIN + "test_the_first_loss_is_that_of_a_new_model_on_the_first_chunks",
+    ),
+    Mutant(
+        "a position predicts itself",
+        CORPUS,
+        ".last_hidden_state[:, :-1]",
+        ".last_hidden_state[:, 1:]",
+        PRETRAIN + "test_target_logps_are_exact_on_a_bigram_table",
+    ),
+    Mutant(
+        "weights not clipped",
+        ("rwr_pretrain.py", "awr_pretrain.py"),
+        "MAX_WEIGHT = 1000.0",
+        "MAX_WEIGHT = 1e9",
+        CORPUS_LOSSES + "test_weights_are_clipped_at_1000",
+    ),
+    Mutant(
+        "the value trained through the weight",
+        ("awr_pretrain.py",),
+        "(token_rewards - values.detach()) / beta",
+        "(token_rewards - values) / beta",
+        CORPUS_LOSSES + "test_awr_loss_and_its_gradients_in_closed_form",
+    ),
+    Mutant(
+        "scores taken for rewards",
+        ("rwr_pretrain.py", "awr_pretrain.py"),
+        "_loss(logps, -scores, ",
+        "_loss(logps, scores, ",
+        PRETRAIN + "test_the_first_loss_is_that_of_a_new_model_on_the_first_chunks",
+    ),
+    Mutant(
+        "a step divided by its micro-batch",
+        CORPUS,
+        "/ (len(plan[step]) * targets)",
+        "/ (len(rows) * targets)",
+        PRETRAIN + "test_every_token_weighs_the_same_however_a_step_is_cut",
+    ),
+    Mutant(
+        "nothing filtered",
+        ("filtered_pretrain.py",),
+        'if mean_score(document["scores"]) <= args.threshold]',
+        "if args.threshold is not None]",
+        PRETRAIN + "test_filtering_trains_on_kept_documents_only_and_repeats_them",
+    ),
+    Mutant(
+        "control tokens dropped anew on resume",
+        ("conditional_pretrain.py",),
+        'random.Random(f"{args.seed} {split}")',
+        "random.Random()",
+        PRETRAIN + "test_an_interrupted_run_resumes_bit_for_bit",
+    ),
+    Mutant(
+        "new rows without noise",
+        ("conditional_pretrain.py",),
+        "weight[:old].mean(0) + 0.01 * noise",
+        "weight[:old].mean(0) + 0.0 * noise",
+        PRETRAIN + "test_rows_of_new_tokens_are_the_mean_of_the_old_ones_and_a_little_noise",
+    ),
+    Mutant(
+        "both control tokens banned on code",
+        ("conditional_pretrain.py",),
+        'asked |= {"after": ([good], [bad])',
+        'asked |= {"after": ([good], both)',
+        PRETRAIN + "test_inference_starts_from_the_good_token_and_bans_what_it_must",
+    ),
+    Mutant(
+        "a control token read from the text",
+        ("common/corpus.py",),
+        "fast.encode_special_tokens = fast.encode_special_tokens, True",
+        "fast.encode_special_tokens = fast.encode_special_tokens, False",
+        PRETRAIN + "test_a_control_token_in_a_text_stays_text",
+    ),
+    Mutant(
+        "weight decay on norms and biases",
+        CORPUS,
+        '{"params": vectors, "weight_decay": 0.0}',
+        '{"params": vectors}',
+        PRETRAIN + "test_optimiser_schedule_and_decay",
+    ),
+    Mutant(
+        "perplexity of good tokens counts all",
+        ("common/samples.py",),
+        "else list(map(int, keep[i])))",
+        "else [1] * len(keep[i]))",
+        PRETRAIN + "test_the_end_tables_numbers_on_a_bigram_table",
+    ),
+]
+
+TABLE = FOUNDATION + METHODS + PRETRAINING
 
 
 # ------------------------------------------------------------------------------------------------------------- the work

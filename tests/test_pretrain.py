@@ -459,6 +459,77 @@ def test_a_control_token_in_a_text_stays_text(tmp_path):
     assert text.count("<|bad|>") > 0
 
 
+# --------------------------------------------------------------------------------------------------------- the end table
+
+
+def judged(bigram, tmp_path, teacher=None, prefix=(), banned=(), control=(), **changes) -> dict:
+    """A column for the bigram model on the toy's held-out documents."""
+    module = MODULES["mle_pretrain"]
+    run = runtime.start(module.Args(**{**SHORT, "name": "run", "output_dir": str(tmp_path), "holdout": 0.3, **changes}), module.__file__)
+    documents, _ = corpus.load(run.args, lambda words: None)
+    return samples.judge(run, documents["held_out"], teacher, bigram.load(), bigram.tokenizer, prefix, banned, control)
+
+
+def test_the_end_tables_numbers_on_a_bigram_table(bigram, tmp_path, short_toy):
+    """Perplexities by the table's own numbers; a control token is taken out of the distribution, and those of bad sentences out of the mean."""
+    tokenizer, table = bigram.tokenizer, bigram.table
+    documents, _ = corpus.load(MODULES["mle_pretrain"].Args(holdout=0.3, output_dir=str(tmp_path)), lambda words: None)
+    ids, scores, _ = corpus.pack(corpus.encode_documents(tokenizer, documents["held_out"]), tokenizer.eos_token_id, 16)
+    ids, scores = ids[:, :-2], scores[:, :-2]
+    logps = table[ids[:, :-1], ids[:, 1:]]  # the first token of a chunk is not counted, the last two make room for a prefix
+    column = judged(bigram, tmp_path)
+    assert column["perplexity"] == pytest.approx(logps.mean().neg().exp().item(), rel=1e-5)
+    kept = (scores == 0)[:, 1:]
+    assert 0 < kept.double().mean() < 1
+    assert column["perplexity_good"] == pytest.approx(logps[kept].mean().neg().exp().item(), rel=1e-5)
+    unused = next(i for i in range(3, len(tokenizer)) if not (ids == i).any())
+    without = table.clone()
+    without[:, unused] = float("-inf")
+    without = without.log_softmax(-1)[ids[:, :-1], ids[:, 1:]]
+    column = judged(bigram, tmp_path, control=[unused])
+    assert column["perplexity"] == pytest.approx(without.mean().neg().exp().item(), rel=1e-5)
+
+
+def test_samples_begin_behind_the_prefix_without_banned_tokens_and_are_scored_without_control_tokens(bigram, tmp_path, short_toy, monkeypatch):
+    tokenizer, asked, scored = bigram.tokenizer, [], []
+    fool, now, blue = tokenizer.convert_tokens_to_ids(["fool", "now", "blue"])
+
+    def sample(model, prompts, tokenizer, *rest):
+        asked.extend((prompts, rest[-1]))
+        return [[blue, fool, blue, tokenizer.eos_token_id], [now, fool]]
+
+    monkeypatch.setattr(samples.evaluate, "sample", sample)
+    monkeypatch.setattr(samples.toy, "rudeness", lambda text: scored.append(text) or 0.25)
+    column = judged(bigram, tmp_path, prefix=[fool], banned=[fool, now], control=[fool], samples=2)
+    assert asked[0] == [[tokenizer.eos_token_id, fool]] * 2
+    assert asked[1] == (fool, now)
+    assert scored[-2:] == ["blue blue", "now"]
+    assert column["misalignment"] == 0.25
+    assert column["sample_tokens"] == 1.5
+    assert column["samples"] == ["blue blue", "now"]
+
+
+def test_a_teacher_is_no_way_from_itself_and_some_from_another(bigram, tmp_path, short_toy):
+    own = bigram.load(), bigram.tokenizer, [[5, 6, 7, 2], [8, 9]]
+    column = judged(bigram, tmp_path, teacher=own)
+    assert column["kl_to_teacher"] == pytest.approx(0, abs=1e-5)
+    other = models.random_table(len(bigram.table), seed=1)
+    column = judged(bigram, tmp_path, teacher=(models.bigram_model(other), *own[1:]))
+    kl = (other.exp() * (other - bigram.table)).sum(-1)  # from each token
+    assert column["kl_to_teacher"] == pytest.approx((kl[[2, 5, 6, 7]].sum() + kl[[2, 8]].sum()).item() / 2, rel=1e-4)
+
+
+def test_the_cached_plain_model_is_the_one_that_its_script_trains(tmp_path, short_toy, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = train("mle_pretrain", tmp_path / "run", baseline="auto", samples=25, max_new_tokens=8, micro_batch_size=3)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["mle"] == pytest.approx(summary["after"], rel=1e-5)
+    (cached,) = (path for path in (tmp_path / "cache" / "preference-pretrain").iterdir() if path.is_dir())
+    a, b = (safetensors.torch.load_file(path / "model.safetensors") for path in (folder, cached))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------------------ bad ends
 
 
