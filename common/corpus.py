@@ -247,10 +247,13 @@ def score_rest(texts: list[str], scorer: scorers.Scorer, part: Path, say=print) 
     if done:
         say(f"Scoring goes on after {len(done):,} of {len(texts):,} documents.")
     size = sum(map(len, rest))
-    workers = min(scorers.processors(), 1 + size // 200_000)
     bar = tqdm(total=size, desc="scoring the corpus (once)", unit="B", unit_scale=True, mininterval=0.5 if sys.stderr.isatty() else 10.0)
     with part.open("a", encoding="utf-8") as file, bar:
-        lines = scorers.in_parallel(partial(line_of, scorer.segments), rest, workers) if scorer.parallel else map(partial(line_of, scorer.segments), rest)
+        lines = (
+            scorers.in_parallel(partial(line_of, scorer.segments), rest, 1 + size // 200_000)
+            if scorer.parallel
+            else map(partial(line_of, scorer.segments), rest)
+        )
         for text, line in zip(rest, lines):
             file.write(line)
             file.flush()
@@ -404,11 +407,11 @@ def plan(chunks: int, batch_size: int, tokens: float, context: int, seed: int) -
 
 # --------------------------------------------------------------------------------------------------------------- models
 
-SIZES = {"tiny": (2, 2, 64), "small": (4, 4, 256), "gpt2-small": (12, 12, 768)}  # layers, heads, hidden size
+SIZES = {"tiny": (2, 2, 64), "mini": (4, 4, 128), "small": (4, 4, 256), "gpt2-small": (12, 12, 768)}  # layers, heads, hidden size
 
 
 def new_model(name: str, tokenizer, context: int, seed: int):
-    """A model with random weights and no dropout: `tiny`, `small` or `gpt2-small` (GPT-2 type), or what the config.json of a folder describes.
+    """A model with random weights and no dropout: `tiny`, `mini`, `small` or `gpt2-small` (GPT-2 type), or what the config.json of a folder describes.
 
     Its vocabulary is the tokenizer's; its context at least `context`, of the named sizes exactly that. The same seed gives the same weights and
     leaves the caller's random numbers as they were.
@@ -455,6 +458,7 @@ def mle_model(run, tokenizer, documents: list[Document]) -> Path:
     if not len(ids):
         raise InputError(f"--context {args.context}: the documents are shorter than one chunk.")
     schedule = [args.model, args.context, args.tokens, args.batch_size, args.max_steps, args.lr, args.warmup, args.weight_decay, args.max_grad_norm, args.seed]
+    schedule.append(args.micro_batch_size)
     version = [torch.__version__, hashlib.sha256(Path(__file__).read_bytes()).hexdigest(), str(run.dtype), run.device.type]
     config = Path(args.model) / "config.json"
     version.append(config.read_text() if config.is_file() else "")

@@ -31,10 +31,7 @@ class Scorer(NamedTuple):
     parallel: bool  # whether processes of their own score faster
 
 
-DETOXIFY = {  # the published weights of Detoxify on the hub, and the name that their output for toxicity has there
-    "original": ("unitary/toxic-bert", "toxic"),
-    "unbiased": ("unitary/unbiased-toxic-roberta", "toxicity"),
-}
+DETOXIFY = {"original": "unitary/toxic-bert", "unbiased": "unitary/unbiased-toxic-roberta"}  # the published weights of Detoxify on the hub
 
 
 def load(task: str, scorer: str = "", samples: bool = False, device="cpu") -> Scorer:
@@ -53,7 +50,7 @@ def load(task: str, scorer: str = "", samples: bool = False, device="cpu") -> Sc
     if task == "toy":
         from common import toy
 
-        return Scorer("toy rudeness", toy_segments, partial(each, toy.rudeness), False)
+        return Scorer("toy rudeness", toy_segments, lambda texts: list(map(toy.rudeness, texts)), False)
     if task == "pep8":
         version = needed("pycodestyle", task).__version__
         return Scorer(f"pycodestyle {version}, Python {platform.python_version()}", pep8_segments, partial(each, pep8), True)
@@ -89,8 +86,8 @@ def version_of(module) -> str:
 
 
 def each(function, texts: list[str]) -> list[float]:
-    """`function` of each text; a lambda could not be sent to another process."""
-    return [function(text) for text in texts]
+    """`function` of each text, by several processes where that is worth it."""
+    return list(in_parallel(function, texts, 1 + sum(map(len, texts)) // 200_000))
 
 
 def processors() -> int:
@@ -99,22 +96,17 @@ def processors() -> int:
 
 
 def in_parallel(function, items: list, workers: int) -> Iterator:
-    """`function(item)` for each item, in order, by several processes where `workers` is more than one.
+    """`function(item)` for each item, in order, by as many as `workers` processes where there are processors for them.
 
     The processes are forked and run regular expressions only; they leave Ctrl-C to this process and end with the pool.
     """
+    workers = min(workers, processors())
     if workers <= 1:
         yield from map(function, items)
         return
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     with context.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         yield from pool.imap(function, items, chunksize=1 if len(items) < 1000 else 16)
-
-
-def judge(scorer: Scorer, texts: list[str]) -> list[float]:
-    """The score of each text, by several processes where that is worth it."""
-    workers = min(processors(), 1 + sum(map(len, texts)) // 200_000) if scorer.parallel else 1
-    return scorer.whole(texts) if workers == 1 else [score for [score] in in_parallel(scorer.whole, [[text] for text in texts], workers)]
 
 
 # ----------------------------------------------------------------------------------------------------------- segments
@@ -245,15 +237,17 @@ def detoxify(name: str, device: str):
     """(texts -> probabilities of toxicity, version) of a Detoxify model: `original`, `unbiased`, a hub id, or a folder.
 
     The weights are those that Detoxify publishes on the hub as sequence classifiers with one sigmoid for each label; the label for toxicity is
-    called "toxic" or "toxicity". Raises InputError where the model cannot be had or has no such label.
+    called "toxic" in the first and "toxicity" in the second. Raises InputError where the model cannot be had or has no such label.
     """
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     from common import runtime
 
-    source = DETOXIFY.get(name, (name,))[0]
-    folder = runtime.resolve_model(source)
+    try:
+        folder = runtime.resolve_model(DETOXIFY.get(name, name))
+    except InputError as error:
+        raise InputError(str(error).replace("--model", "--scorer", 1)) from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).to(device).eval()
@@ -263,7 +257,8 @@ def detoxify(name: str, device: str):
     index = labels.get("toxicity", labels.get("toxic"))
     if index is None:
         raise InputError(f"--scorer {name}: no label toxicity or toxic (found {', '.join(sorted(labels))}).")
-    limit = min(512, tokenizer.model_max_length, runtime.context_length(model))
+    room = runtime.context_length(model) - 2 * ("roberta" in model.config.model_type)  # its positions begin at 2
+    limit = min(512, tokenizer.model_max_length, room)
     return partial(probabilities, model, tokenizer, index, limit), f"{name} {runtime.sha256_of_model(folder)[:12]}"
 
 
