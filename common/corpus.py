@@ -176,11 +176,18 @@ def load(args, say=print) -> tuple[dict[str, list[Document]], dict]:
         documents = scored(texts, digest, scorer, Path(args.output_dir) / "scores", say)
         left_out += Counter({"no segment": documents.count(None)})
         documents = [document for document in documents if document is not None]
-    facts = {"task": args.task, "data": args.data, "sha256": digest, "scorer": scorer.name, "python": platform.python_version(), "files": files}
+    facts = {
+        "task": args.task,
+        "data": args.data or {"toy": "toy", "pep8": "stdlib"}[args.task],
+        "sha256": digest,
+        "scorer": scorer.name,
+        "python": platform.python_version(),
+        "files": files,
+    }
     facts |= {"documents": len(documents), "segments": sum(len(d["scores"]) for d in documents), "characters": sum(map(len, texts))}
     facts["left_out"] = dict(+left_out)
     dropped = "".join(f", {n:,} left out ({reason})" for reason, n in left_out.most_common() if n)
-    origin = f"the standard library of Python {platform.python_version()}, {files:,} files" if args.task == "pep8" and not args.data else args.data or "the toy"
+    origin = f"the standard library of Python {platform.python_version()}, {files:,} files" if facts["data"] == "stdlib" else facts["data"]
     say(f"Corpus: {len(documents):,} documents of {facts['segments']:,} segments, {facts['characters']:,} characters ({origin}){dropped}.")
     say(f"Scores: {scorer.name}; sha256 of the texts {digest[:16]}.")
     keyed = [(hashlib.sha256("".join(d["segments"]).encode()).hexdigest(), d) for d in documents]
@@ -300,9 +307,10 @@ def load_tokenizer(args, documents: list[Document], say=print):
         return train_tokenizer((segment for d in documents for segment in d["segments"]), args.vocabulary)
     from common import runtime
 
-    tokenizer = runtime.load_tokenizer(
-        runtime.resolve_model(args.tokenizer) if not (Path(args.tokenizer) / "tokenizer_config.json").exists() else args.tokenizer
-    )
+    try:
+        tokenizer = runtime.load_tokenizer(args.tokenizer if Path(args.tokenizer).is_dir() else runtime.resolve_model(args.tokenizer))
+    except InputError as error:
+        raise InputError(str(error).replace("--model", "--tokenizer", 1)) from None
     for document in documents[:20]:
         text, (ids, _) = "".join(document["segments"]), encode(tokenizer, document["segments"], document["scores"])
         if tokenizer.decode(ids, clean_up_tokenization_spaces=False) != text:
