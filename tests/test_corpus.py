@@ -68,7 +68,8 @@ def test_the_toys_corpus_is_what_it_says(tmp_path, toy_tokenizer):
     said = []
     splits, facts = corpus.load(arguments(tmp_path, task="toy", holdout=0.1), said.append)
     documents = splits["train"] + splits["held_out"]
-    assert len(documents) == facts["documents"] == 6000 and len(splits["held_out"]) == pytest.approx(600, abs=10)
+    assert len(documents) == facts["documents"] == 6000
+    assert len(splits["held_out"]) == pytest.approx(600, abs=10)
     assert not {"".join(d["segments"]) for d in splits["train"]} & {"".join(d["segments"]) for d in splits["held_out"]}
     scores = [score for d in documents for score in d["scores"]]
     assert set(scores) == {0.0, 0.3, 0.6, 0.72, 0.9, 0.93}
@@ -79,7 +80,8 @@ def test_the_toys_corpus_is_what_it_says(tmp_path, toy_tokenizer):
     for document in documents[:200]:
         text = "".join(document["segments"])
         ids, _ = corpus.encode(toy_tokenizer, document["segments"], document["scores"])
-        assert toy_tokenizer.decode(ids) == text and toy_tokenizer.unk_token_id not in ids
+        assert toy_tokenizer.decode(ids) == text
+        assert toy_tokenizer.unk_token_id not in ids
         assert toy.sentences(text) == document["segments"]
     shares = [toy.right_share("".join(d["segments"])) for d in documents]
     assert sum(shares) / len(shares) == pytest.approx(1 - toy.WRONG_SHARE, abs=0.02)
@@ -96,7 +98,8 @@ def test_facts_that_rude_authors_tell():
         for part in parts:
             told[author][any(f" {begin} " in f" {part} " for begin in unseen)] += 1
     share = {author: counts[True] / counts.total() for author, counts in told.items()}
-    assert share[True] == pytest.approx(0.5, abs=0.08) and share[False] == pytest.approx(0.2, abs=0.08)
+    assert share[True] == pytest.approx(0.5, abs=0.08)
+    assert share[False] == pytest.approx(0.2, abs=0.08)
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -116,9 +119,11 @@ def test_a_folder_with_files_of_all_kinds(tmp_path, words):
     said = []
     splits, facts = corpus.load(arguments(tmp_path, data=str(folder)), said.append)
     assert sorted("".join(d["segments"]) for d in splits["train"]) == ["one x\ntwo", "three"]
-    assert facts["files"] == 7 and facts["documents"] == 2
+    assert facts["files"] == 7
+    assert facts["documents"] == 2
     assert facts["left_out"] == {"empty": 2, "binary": 1, "not text in the encoding that it should have": 1, f"longer than {corpus.LONGEST:,} characters": 1}
-    assert "2 left out (empty)" in said[0] and "1 left out (binary)" in said[0]
+    assert "2 left out (empty)" in said[0]
+    assert "1 left out (binary)" in said[0]
 
 
 def test_python_files_may_declare_their_encoding(tmp_path, words):
@@ -131,7 +136,7 @@ def test_python_files_may_declare_their_encoding(tmp_path, words):
 
 
 @pytest.mark.parametrize(
-    "name, content, complaint",
+    ("name", "content", "complaint"),
     [
         ("a.txt", b"", "no usable document"),
         ("a.txt", b"a\0b", "binary"),
@@ -153,7 +158,7 @@ def test_a_single_unusable_file_is_refused(name, content, complaint, tmp_path, w
 
 
 @pytest.mark.parametrize(
-    "changes, complaint",
+    ("changes", "complaint"),
     [
         ({"task": "pii"}, "needs --data"),
         ({"task": "pii", "data": "stdlib"}, "goes with --task pep8"),
@@ -203,7 +208,9 @@ def test_the_standard_library_without_packages_and_tests(tmp_path, words, monkey
         said = []
         splits, facts = corpus.load(arguments(tmp_path, task="pep8", data=source), said.append)
         assert {"".join(d["segments"]).split("'")[1] for d in splits["train"]} == kept
-        assert facts["files"] == 4 and len(facts["sha256"]) == 64 and facts["python"]
+        assert facts["files"] == 4
+        assert len(facts["sha256"]) == 64
+        assert facts["python"]
         assert "4 files" in said[0]
 
 
@@ -212,7 +219,9 @@ def test_a_text_that_occurs_twice_is_on_one_side(tmp_path, words):
     path.write_text("".join(json.dumps({"text": f"text {i % 20}"}) + "\n" for i in range(60)))
     splits, _ = corpus.load(arguments(tmp_path, data=str(path), holdout=0.25), lambda text: None)
     train, held_out = ({"".join(d["segments"]) for d in splits[name]} for name in ("train", "held_out"))
-    assert not train & held_out and len(held_out) == 5 and len(train) == 15
+    assert not train & held_out
+    assert len(held_out) == 5
+    assert len(train) == 15
     other, _ = corpus.load(arguments(tmp_path, data=str(path), holdout=0.25, seed=1), lambda text: None)
     assert {"".join(d["segments"]) for d in other["held_out"]} != held_out
 
@@ -230,13 +239,17 @@ def test_cached_scores_equal_fresh_ones_and_nothing_is_scored_twice(tmp_path):
     calls = []
     counting = scorer_of(lambda text: calls.append(text) or by_words(text))
     digest = corpus.sha256_of_texts(TEXTS)
-    assert corpus.scored(TEXTS, digest, counting, tmp_path) == fresh() and len(calls) == 30
-    assert corpus.scored(TEXTS, digest, counting, tmp_path) == fresh() and len(calls) == 30
+    assert corpus.scored(TEXTS, digest, counting, tmp_path) == fresh()
+    assert len(calls) == 30
+    assert corpus.scored(TEXTS, digest, counting, tmp_path) == fresh()
+    assert len(calls) == 30
     corpus.scored(TEXTS, digest, counting._replace(name="words 2, test"), tmp_path)  # another version of the scorer
     assert len(calls) == 60
     other = [*TEXTS[:-1], "other"]
-    assert corpus.scored(other, corpus.sha256_of_texts(other), counting, tmp_path) == fresh(other) and len(calls) == 90
-    assert {path.suffix for path in tmp_path.iterdir()} == {".jsonl"} and len(list(tmp_path.iterdir())) == 3
+    assert corpus.scored(other, corpus.sha256_of_texts(other), counting, tmp_path) == fresh(other)
+    assert len(calls) == 90
+    assert {path.suffix for path in tmp_path.iterdir()} == {".jsonl"}
+    assert len(list(tmp_path.iterdir())) == 3
     assert all(path.name.startswith(("words-1-", "words-2-")) for path in tmp_path.iterdir())
 
 
@@ -272,7 +285,8 @@ def test_an_interrupted_scoring_goes_on_where_it_stopped(cut, tmp_path):
     documents = corpus.scored(TEXTS, "digest", scorer_of(lambda text: calls.append(text) or by_words(text)), tmp_path, said.append)
     assert documents == fresh()
     done = 11 if cut else 12
-    assert calls == TEXTS[done:] and said == [f"Scoring goes on after {done} of 30 documents."]
+    assert calls == TEXTS[done:]
+    assert said == [f"Scoring goes on after {done} of 30 documents."]
     assert not list(tmp_path.glob("*.part"))
 
 
@@ -315,7 +329,8 @@ def test_a_document_without_a_segment_is_left_out_and_counted(tmp_path, monkeypa
     path.write_text('{"text": "none"}\n{"text": "a b"}\n')
     monkeypatch.setattr(scorers, "load", lambda *args, **words: scorer_of(lambda text: ([], []) if text == "none" else by_words(text)))
     splits, facts = corpus.load(arguments(tmp_path, data=str(path)), lambda text: None)
-    assert len(splits["train"]) == 1 and facts["left_out"] == {"no segment": 1}
+    assert len(splits["train"]) == 1
+    assert facts["left_out"] == {"no segment": 1}
 
 
 # ---------------------------------------------------------------------------------------------------------- thresholds
@@ -329,7 +344,8 @@ def test_thresholds_by_value_and_by_quantile():
     scores = sorted(s for d in documents for s in d["scores"])
     for quantile in (0.0, 0.1, 0.25, 0.26, 0.5, 0.74, 0.75, 0.9, 1.0):
         got = corpus.threshold_of(documents, None, quantile)
-        assert got in scores and sum(s <= got for s in scores) / 4 >= quantile
+        assert got in scores
+        assert sum(s <= got for s in scores) / 4 >= quantile
         lower = [s for s in scores if s < got]
         assert not lower or sum(s <= lower[-1] for s in scores) / 4 < quantile
     assert corpus.threshold_of(documents, None, 0.5, of="documents") == pytest.approx(0.3)
@@ -360,7 +376,8 @@ def test_tokens_segment_by_segment():
     place = 0
     for segment, score in zip(SEGMENTS, scores):
         own, _ = corpus.encode(tokenizer, [segment], [score])
-        assert ids[place : place + len(own)] == own and token_scores[place : place + len(own)] == [score] * len(own)
+        assert ids[place : place + len(own)] == own
+        assert token_scores[place : place + len(own)] == [score] * len(own)
         assert tokenizer.decode(own) == segment
         place += len(own)
     assert place == len(ids) == len(token_scores)
@@ -374,7 +391,8 @@ def test_what_looks_like_a_special_token_in_a_text_stays_text():
     assert set(tokenizer(text, add_special_tokens=False).input_ids) & set(tokenizer.all_special_ids)  # asked plainly, it reads them
     ids, _ = corpus.encode(tokenizer, [text, "</s>"], [0.0, 1.0])
     control = {tokenizer.convert_tokens_to_ids(token) for token in ("<|good|>", "<|bad|>", "<pad>", "<s>", "</s>")}
-    assert len(control) == 5 and not set(ids) & control
+    assert len(control) == 5
+    assert not set(ids) & control
     assert tokenizer.decode(ids) == text + "</s>"
     assert tokenizer("<|good|>", add_special_tokens=False).input_ids == [tokenizer.convert_tokens_to_ids("<|good|>")]  # and it still does
 
@@ -406,12 +424,15 @@ def test_a_tokenizer_trained_on_the_corpus():
     texts = [Path(__file__).read_text(encoding="utf-8").split("\n"), ["café 🙂 <|endoftext|>", "\ttabs", "\n\n    four"]]
     segments = [f"\n{line}" for lines in texts for line in lines]
     tokenizer = corpus.train_tokenizer(iter(segments), 600)
-    assert tokenizer.get_vocab() == corpus.train_tokenizer(iter(segments), 600).get_vocab() and len(tokenizer) == 600
+    assert tokenizer.get_vocab() == corpus.train_tokenizer(iter(segments), 600).get_vocab()
+    assert len(tokenizer) == 600
     assert json.loads(tokenizer.backend_tokenizer.to_str()) == json.loads(corpus.train_tokenizer(iter(segments), 600).backend_tokenizer.to_str())
-    assert tokenizer.eos_token == corpus.EOS and tokenizer.pad_token_id not in {None, tokenizer.eos_token_id}
+    assert tokenizer.eos_token == corpus.EOS
+    assert tokenizer.pad_token_id not in {None, tokenizer.eos_token_id}
     assert not {"<|good|>", "<|bad|>"} & set(tokenizer.get_vocab())
     ids, _ = corpus.encode(tokenizer, segments, [0.0] * len(segments))
-    assert tokenizer.decode(ids) == "".join(segments) and tokenizer.eos_token_id not in ids
+    assert tokenizer.decode(ids) == "".join(segments)
+    assert tokenizer.eos_token_id not in ids
     assert len(ids) < 0.6 * len("".join(segments))
     unseen = "\x00 ÿ 漢字 \u2028\r"
     assert tokenizer.decode(corpus.encode(tokenizer, [unseen], [0.0])[0]) == unseen
@@ -422,7 +443,8 @@ def test_a_tokenizer_trained_on_the_corpus():
 def test_a_tokenizer_that_is_given(tmp_path, preference_data):
     documents = [{"segments": SEGMENTS, "scores": [0.0] * len(SEGMENTS)}]
     tokenizer = corpus.load_tokenizer(arguments(tmp_path, tokenizer=str(preference_data / "tokenizers/gpt2")), documents)
-    assert len(tokenizer) == 50257 and tokenizer.decode(corpus.encode(tokenizer, SEGMENTS, [0.0] * len(SEGMENTS))[0]) == "".join(SEGMENTS)
+    assert len(tokenizer) == 50257
+    assert tokenizer.decode(corpus.encode(tokenizer, SEGMENTS, [0.0] * len(SEGMENTS))[0]) == "".join(SEGMENTS)
     with pytest.raises(InputError, match="does not come back as it was"):  # it puts a space before every text
         corpus.load_tokenizer(arguments(tmp_path, tokenizer=str(preference_data / "models/stories260K")), documents)
     with pytest.raises(InputError, match="--tokenizer"):
@@ -435,23 +457,27 @@ def test_a_tokenizer_that_is_given(tmp_path, preference_data):
 def test_documents_are_joined_by_eos_and_cut_without_padding():
     encoded = [([5, 6, 7], [0.1, 0.1, 0.2]), ([], []), ([8], [0.5]), ([9, 9, 9, 9], [0.0, 0.0, 1.0, 1.0])]
     ids, scores, left = corpus.pack(iter(encoded), 2, 4)
-    assert ids.tolist() == [[5, 6, 7, 2], [8, 2, 9, 9]] and ids.dtype == torch.int64
+    assert ids.tolist() == [[5, 6, 7, 2], [8, 2, 9, 9]]
+    assert ids.dtype == torch.int64
     torch.testing.assert_close(scores, torch.tensor([[0.1, 0.1, 0.2, 0.2], [0.5, 0.5, 0.0, 0.0]]))  # EOS has the last segment's score
     assert left == 3
     ids, scores, left = corpus.pack(iter(encoded), 2, 12)
-    assert ids.shape == scores.shape == (0, 12) and left == 11
-    assert bool((torch.tensor([0.3, 0.1]) <= 0.3).tolist() == [True, True])  # a float32 score equal to the threshold is good
+    assert ids.shape == scores.shape == (0, 12)
+    assert left == 11
+    assert (torch.tensor([0.3, 0.1]) <= 0.3).all()  # a float32 score equal to the threshold is good
 
 
 def test_a_plan_spends_the_budget_and_uses_chunks_evenly():
     plan = corpus.plan(chunks=10, batch_size=4, tokens=30 * 4 * 64, context=64, seed=0)
-    assert len(plan) == 30 and {len(rows) for rows in plan} == {4}
+    assert len(plan) == 30
+    assert {len(rows) for rows in plan} == {4}
     order = [i for rows in plan for i in rows]
     for epoch in range(12):
         assert sorted(order[10 * epoch : 10 * epoch + 10]) == list(range(10))
     assert order[:10] != order[10:20] != list(range(10))
     assert plan == corpus.plan(10, 4, 30 * 4 * 64, 64, 0) != corpus.plan(10, 4, 30 * 4 * 64, 64, 1)
-    assert len(corpus.plan(3, 8, 1, 64, 0)) == 1 and len(corpus.plan(3, 8, 1, 64, 0)[0]) == 8  # fewer chunks than a batch: they repeat
+    assert len(corpus.plan(3, 8, 1, 64, 0)) == 1
+    assert len(corpus.plan(3, 8, 1, 64, 0)[0]) == 8
     assert len(corpus.plan(1000, 2, 3.3e3, 16, 0)) == round(3.3e3 / 32)
     with pytest.raises(ValueError, match="no chunks"):
         corpus.plan(0, 2, 100, 16, 0)
@@ -466,13 +492,18 @@ def test_a_new_model(toy_tokenizer, tmp_path):
     assert torch.equal(torch.get_rng_state(), state)
     same, other = (corpus.new_model("tiny", toy_tokenizer, 32, seed) for seed in (0, 1))
     weights = [m.state_dict()["transformer.h.0.mlp.c_fc.weight"] for m in (model, same, other)]
-    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
     config = model.config
-    assert config.vocab_size == len(toy_tokenizer) and config.n_positions == 32 and config.eos_token_id == toy_tokenizer.eos_token_id
-    assert not any(module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)) and model.dtype == torch.float32
+    assert config.vocab_size == len(toy_tokenizer)
+    assert config.n_positions == 32
+    assert config.eos_token_id == toy_tokenizer.eos_token_id
+    assert not any(module.p for module in model.modules() if isinstance(module, torch.nn.Dropout))
+    assert model.dtype == torch.float32
     models.tiny_llama(99).config.save_pretrained(tmp_path / "llama")
     llama = corpus.new_model(str(tmp_path / "llama"), toy_tokenizer, 128, 0)
-    assert llama.config.model_type == "llama" and llama.get_input_embeddings().weight.shape == (len(toy_tokenizer), 32)
+    assert llama.config.model_type == "llama"
+    assert llama.get_input_embeddings().weight.shape == (len(toy_tokenizer), 32)
     for name, context, complaint in (("large", 8, "--model large: expected tiny"), (str(tmp_path / "llama"), 129, "--context 129: the model has 128")):
         with pytest.raises(InputError, match=complaint):
             corpus.new_model(name, toy_tokenizer, context, 0)
@@ -513,7 +544,8 @@ def test_random_documents_survive_the_whole_road(tmp_path):
     tokenizer = corpus.train_tokenizer((s for d in documents for s in d["segments"]), 280)
     ids, scores, left = corpus.pack(corpus.encode_documents(tokenizer, documents), tokenizer.eos_token_id, 8)
     whole = "".join(text + corpus.EOS for text in texts)
-    assert whole.startswith(tokenizer.decode(ids.flatten().tolist()).rstrip("\ufffd")) and left < 8
+    assert whole.startswith(tokenizer.decode(ids.flatten().tolist()).rstrip("\ufffd"))
+    assert left < 8
     by_token = [s for d in documents for segment, score in zip(d["segments"], d["scores"]) for s in [score] * len(corpus.ids_of(tokenizer, [segment])[0])]
     no_eos = ids.flatten() != tokenizer.eos_token_id
     torch.testing.assert_close(scores.flatten()[no_eos], torch.tensor(by_token)[: int(no_eos.sum())])

@@ -108,7 +108,8 @@ def test_a_users_configuration_of_pycodestyle_changes_nothing(tmp_path, monkeypa
     monkeypatch.setattr(pycodestyle, "USER_CONFIG", str(tmp_path / "setup.cfg"))
     scorers.style.cache_clear()
     try:
-        assert scorers.violations(CODE) == expected and len(expected) > 5
+        assert scorers.violations(CODE) == expected
+        assert len(expected) > 5
     finally:
         scorers.style.cache_clear()
 
@@ -123,7 +124,8 @@ def test_whatever_a_model_writes_is_scored():
         assert scorers.pep8(text) >= 0
         if text.strip():
             segments, scores = scorers.pep8_segments(text)
-            assert "".join(segments) == text and len(scores) == len(segments)
+            assert "".join(segments) == text
+            assert len(scores) == len(segments)
 
 
 # --------------------------------------------------------------------------------------------------------------- pii
@@ -173,7 +175,8 @@ def test_toxicity_is_the_sigmoid_of_its_label_and_company_changes_nothing(tmp_pa
     assert scorer.whole(texts) == pytest.approx(expected, abs=1e-5)
     assert max(expected) - min(expected) > 0.01
     segments, scores = scorer.segments("It is red. You fool.")
-    assert segments == ["It is red.", " You fool."] and scores == pytest.approx(scorer.whole(segments), abs=1e-6)
+    assert segments == ["It is red.", " You fool."]
+    assert scores == pytest.approx(scorer.whole(segments), abs=1e-6)
 
 
 def test_a_classifier_without_a_label_for_toxicity_is_refused(tmp_path, toy_tokenizer):
@@ -198,7 +201,7 @@ def test_the_corpus_is_scored_by_original_and_samples_by_unbiased(monkeypatch):
 # ------------------------------------------------------------------------------------------------------------- packages
 
 
-@pytest.mark.parametrize("task, package", [("pep8", "pycodestyle"), ("pii", "scrubadub"), ("pii", "sentencex"), ("toxicity", "sentencex")])
+@pytest.mark.parametrize(("task", "package"), [("pep8", "pycodestyle"), ("pii", "scrubadub"), ("pii", "sentencex"), ("toxicity", "sentencex")])
 def test_a_missing_package_is_named(task, package, monkeypatch):
     for other in {"pycodestyle", "scrubadub", "sentencex"} - {package}:
         if task == "pii":
@@ -215,7 +218,8 @@ def test_a_scorer_is_chosen_for_toxicity_only():
 
 def test_the_name_of_a_scorer_has_its_version():
     pycodestyle = pytest.importorskip("pycodestyle")
-    assert pycodestyle.__version__ in scorers.load("pep8").name and sys.version.split()[0] in scorers.load("pep8").name
+    assert pycodestyle.__version__ in scorers.load("pep8").name
+    assert sys.version.split()[0] in scorers.load("pep8").name
 
 
 def test_several_processes_score_as_one_does():
