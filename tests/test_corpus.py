@@ -408,7 +408,7 @@ def test_marks_stand_before_their_segments_and_have_their_scores():
     marks = [[good if i % 2 else None, bad] for i in range(len(documents))]
     got = list(corpus.encode_documents(tokenizer, documents, iter(marks)))
     assert got == [corpus.encode(tokenizer, d["segments"], d["scores"], m) for d, m in zip(documents, marks)]
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"shorter|longer"):
         corpus.encode(tokenizer, ["a", "b"], [0.0])
 
 
