@@ -461,40 +461,40 @@ def mle_model(run, tokenizer, documents: list[Document]) -> Path:
 
     from common import runtime
 
-    args = run.args
-    ids, _, _ = pack(encode_documents(tokenizer, documents), tokenizer.eos_token_id, args.context)
+    like = run.args  # the run to compare with
+    ids, _, _ = pack(encode_documents(tokenizer, documents), tokenizer.eos_token_id, like.context)
     if not len(ids):
-        raise InputError(f"--context {args.context}: the documents are shorter than one chunk.")
-    schedule = [args.model, args.context, args.tokens, args.batch_size, args.max_steps, args.lr, args.warmup, args.weight_decay, args.max_grad_norm, args.seed]
-    schedule.append(args.micro_batch_size)
+        raise InputError(f"--context {like.context}: the documents are shorter than one chunk.")
+    schedule = [like.model, like.context, like.tokens, like.batch_size, like.max_steps, like.lr, like.warmup, like.weight_decay, like.max_grad_norm, like.seed]
+    schedule.append(like.micro_batch_size)
     version = [torch.__version__, hashlib.sha256(Path(__file__).read_bytes()).hexdigest(), str(run.dtype), run.device.type]
-    config = Path(args.model) / "config.json"
+    config = Path(like.model) / "config.json"
     version.append(config.read_text() if config.is_file() else "")
     key = hashlib.sha256(json.dumps([schedule, version]).encode() + ids.numpy().tobytes()).hexdigest()[:16]
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "preference-pretrain"
-    folder = root / f"mle-{args.task}-{key}"
+    folder = root / f"mle-{like.task}-{key}"
     root.mkdir(parents=True, exist_ok=True)
     with (root / f"{folder.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one process trains, the others of this run or of another one wait for its folder
         if folder.exists():
             return folder
-        model = new_model(args.model, tokenizer, args.context, args.seed).to(run.device)
+        model = new_model(like.model, tokenizer, like.context, like.seed).to(run.device)
         runtime.disable_dropout(model)
         model.train()
         matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == is_matrix] for is_matrix in (True, False))
         groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, fused=True)
-        steps = plan(len(ids), args.batch_size, args.tokens, args.context, args.seed)
-        steps = steps[: args.max_steps] if args.max_steps > 0 else steps
+        optimizer = torch.optim.AdamW(groups, lr=like.lr, weight_decay=like.weight_decay, fused=True)
+        steps = plan(len(ids), like.batch_size, like.tokens, like.context, like.seed)
+        steps = steps[: like.max_steps] if like.max_steps > 0 else steps
         for step, rows in enumerate(tqdm(steps, desc="training an MLE model to compare with (once)", unit="step", mininterval=1.0, disable=not run.main)):
             for group in optimizer.param_groups:
                 group["lr"] = run.learning_rate(step, len(steps))
-            for micro in torch.tensor(rows).split(args.micro_batch_size):
+            for micro in torch.tensor(rows).split(like.micro_batch_size):
                 chunk = ids[micro].to(run.device)
                 with run.autocast():
                     loss = model(input_ids=chunk, labels=chunk, use_cache=False).loss
                 (loss * len(micro) / len(rows)).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), like.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
         aside = Path(tempfile.mkdtemp(dir=root))
