@@ -15,6 +15,7 @@ import math
 import os
 import platform
 import random
+import re
 import shutil
 import sys
 import sysconfig
@@ -117,7 +118,7 @@ def read_documents(args) -> tuple[list[str], Counter, int]:
                 raise InputError(f"--data {source}: not UTF-8 text (byte {error.start} of the file).") from None
             if "\0" in text:
                 raise InputError(f"--data {source}: a binary file.")
-            parts = text.split(f"\n{EOS}\n") if f"\n{EOS}\n" in text else [p for p in text.split("\n\n") if p.strip()]
+            parts = text.split(f"\n{EOS}\n") if f"\n{EOS}\n" in text else [p for p in re.split(r"\n[^\S\n]*\n", text) if p.strip()]
             found = [usable_text(part.removesuffix(f"\n{EOS}")) for part in parts]
         else:
             found = [(text, reason)]
