@@ -262,10 +262,15 @@ def score_rest(texts: list[str], scorer: scorers.Scorer, part: Path, say=print) 
             if scorer.parallel
             else map(partial(line_of, scorer.segments), rest)
         )
-        for text, line in zip(rest, lines):
-            file.write(line)
-            file.flush()
-            bar.update(len(text))
+        count = len(done)
+        try:
+            for text, line in zip(rest, lines):
+                file.write(line)
+                file.flush()
+                bar.update(len(text))
+                count += 1
+        except KeyboardInterrupt:
+            raise InputError(f"\nScoring stopped after {count:,} of {len(texts):,} documents. They are kept: the same command goes on from there.") from None
 
 
 def threshold_of(documents: list[Document], value: float | None, quantile: float | None, of: str = "segments") -> float:
