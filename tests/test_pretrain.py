@@ -215,13 +215,14 @@ def test_the_run_folder(script, tmp_path, short_toy, capsys):
 def test_the_first_loss_is_that_of_a_new_model_on_the_first_chunks(script, tmp_path, short_toy):
     """From the arguments to the first logged number, against the library's own loss and the paper's formulas."""
     changes = {"unlikelihood_pretrain": {"alpha": 0.5}, "rwr_pretrain": {"beta": 0.3}, "awr_pretrain": {"alpha": 0.5, "beta": 0.3}}.get(script, {})
-    batches, _ = recorded(script, tmp_path / "run", tokens=64.0, threshold=0.3, dtype="float32", **changes)
+    batches, _ = recorded(script, tmp_path / "run", tokens=512.0, batch_size=32, micro_batch_size=32, threshold=0.3, **changes)
     first = batches[0]
     tokenizer = toy.build_tokenizer()
     model = corpus.new_model("tiny", tokenizer, 16, 0).eval()
     if script == "conditional_pretrain":
         MODULES[script].new_tokens(model, tokenizer, (MODULES[script].GOOD, MODULES[script].BAD), 0)
     ids, scores = first["input_ids"], first["scores"][:, 1:].double()
+    assert (scores > 0.3).any() or script == "filtered_pretrain"
     with torch.no_grad():
         logps = model(ids).logits[:, :-1].double().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
         plain = model(input_ids=ids, labels=ids).loss.item()
