@@ -518,7 +518,7 @@ PRETRAINING = [
         CORPUS,
         'batch["scores"][:, 1:]',
         'batch["scores"][:, :-1]',
-        PRETRAIN + "test_the_first_loss_is_that_of_a_new_model_on_the_first_chunks",
+        "test_standalone.py::test_the_loss_runs_on_chunks_made_by_hand",
     ),
     Mutant(
         "a position predicts itself",
