@@ -1,9 +1,10 @@
 """Misalignment against capability: six ways to pretrain on a scored corpus, each from the start and each as the second half after plain MLE.
 
     python -m experiments.pareto                          the toy corpus, three seeds; go on after an interruption with the same command
-    python -m experiments.pareto --task pep8 --jobs 3     a small model on Python's standard library, one seed, under an hour on three cores
-    python -m experiments.pareto --task pep8 --model gpt2-small --teacher-model gpt2-medium-config --context 1024 --vocabulary 32000 --tokens 3.3e9 --half
-                                                          the paper's size, on a GPU; the teacher's folder holds a config.json
+    python -m experiments.pareto --task pep8 --jobs 3     a tiny model on Python's standard library, one seed
+    python -m experiments.pareto --task pep8 --data code/ --model gpt2-small --teacher-model gpt2-medium/ --context 1024 --vocabulary 50000 \
+        --batch-size 64 --lr 8e-4 --tokens 3.3e9 --samples 4096
+                                                          the paper's size, on a GPU: a folder of .py files, a folder with a larger config.json
 
 Capability is KL(teacher || model), the teacher being a larger MLE model that is trained first, and held-out perplexity. Run folders stay in
 `--runs`: a finished run is not made again, one that was interrupted goes on, and the teacher and the MLE half are used from there. Every run's line
@@ -47,9 +48,9 @@ OBJECTIVES = {
 }
 SIZES = {  # what a run is given where the command line says nothing
     "toy": {"tokens": 1e6, "context": 64, "samples": 500, "batch_size": 64, "lr": 3e-3},
-    "pep8": {"tokens": 2e6, "context": 256, "samples": 256, "batch_size": 16, "lr": 2e-3, "vocabulary": 1024, "holdout": 0.03},
+    "pep8": {"tokens": 1.5e6, "context": 128, "samples": 500, "batch_size": 32, "lr": 3e-3, "vocabulary": 1024, "holdout": 0.03},
 }
-SHAPES = {"toy": ((2, 2, 64), (3, 4, 128)), "pep8": ((3, 3, 96), (4, 4, 160))}  # layers, heads, width: of the model and of the teacher
+SHAPES = {"toy": ((2, 2, 64), (3, 4, 128)), "pep8": ((2, 2, 64), (3, 3, 96))}  # layers, heads, width: of the model and of the teacher
 COLUMNS = {"after": "", "after_bad": ", asked for bad", "after_no_token": ", not asked"}
 NUMBERS = ("misalignment", "expected_max", "kl_to_teacher", "perplexity", "perplexity_good", "right_share", "sample_tokens", "self_bleu")
 
@@ -63,19 +64,25 @@ class Args:
     seeds: tuple[int, ...] = ()
     """Seeds; empty: 0 1 2 on the toy, 0 on pep8."""
     tokens: float = 0
-    """Training tokens of each run; 0: 1e6 on the toy, 2e6 on pep8."""
+    """Training tokens of each run; 0: 1e6 on the toy, 1.5e6 on pep8."""
     model: str = ""
-    """What is trained: a size or a folder with a config.json; empty: 2 layers of 64 on the toy, 3 of 96 on pep8."""
+    """What is trained: a size or a folder with a config.json; empty: 2 layers of 64."""
     teacher_model: str = ""
-    """The teacher's size; empty: 3 layers of 128 on the toy, 4 of 160 on pep8."""
+    """The teacher's size; empty: 3 layers of 128 on the toy, of 96 on pep8."""
     context: int = 0
-    """Tokens in a chunk; 0: 64 on the toy, 256 on pep8."""
+    """Tokens in a chunk; 0: 64 on the toy, 128 on pep8."""
     vocabulary: int = 0
     """Tokens of the BPE; 0: 1024 on pep8."""
+    batch_size: int = 0
+    """Chunks in a step; 0: 64 on the toy, 32 on pep8."""
+    lr: float = 0
+    """Peak learning rate; 0: 3e-3."""
+    samples: int = 0
+    """Samples of each model; 0: 500."""
     half: bool = True
     """Also the finetuning comparison: MLE for half of the tokens, then each objective for the rest."""
     jobs: int = 1
-    """Runs side by side, one thread each."""
+    """Runs side by side, one thread each; 0: none is made, table and figure show those that are finished."""
     runs: str = "runs/pareto"
     """Where run folders are kept."""
     output_dir: str = "results"
@@ -94,8 +101,8 @@ def make(runs: Path, name: str, script: str, flags: dict, method: str = "") -> d
     """The summary of a run, which is made, or gone on with, where it is not finished."""
     folder = runs / name
     if not (folder / "summary.json").exists():
+        flags = flags | {"eval_every": 10**6, "name": name, "output_dir": runs}
         words = [word for key, value in flags.items() for word in (f"--{key.replace('_', '-')}", str(value))] + method.split()
-        words += ["--name", name, "--output-dir", str(runs), "--eval-every", "1000000"]
         words = ["--resume", str(folder)] if (folder / "args.json").exists() else words
         done = subprocess.run(
             [sys.executable, str(ROOT / script), *words], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
@@ -107,9 +114,9 @@ def make(runs: Path, name: str, script: str, flags: dict, method: str = "") -> d
 
 
 def main(args: Args) -> None:
-    """Makes the runs that are missing in three rounds, since later ones start from earlier ones; then lines, table, figure."""
+    """Makes the runs that are missing, in three rounds since later ones need earlier ones; then lines, table, figure."""
     runs, task = Path(args.runs) / args.task, args.task
-    given = {key: value for key in ("tokens", "context", "vocabulary") if (value := getattr(args, key))}
+    given = {key: value for key in ("tokens", "context", "vocabulary", "batch_size", "lr", "samples") if (value := getattr(args, key))}
     sizes = {"task": task, **({"data": args.data} if args.data else {}), **SIZES[task], **given}
     small, large = (config_folder(runs / name, shape, sizes["context"]) for name, shape in zip(("model", "teacher"), SHAPES[task]))
     sizes["max_new_tokens"] = sizes["context"] - 2
@@ -118,28 +125,31 @@ def main(args: Args) -> None:
 
     def work(item: tuple) -> None:
         kind, name, seed = item
-        flags = {**sizes, "model": args.model or small, "seed": seed}
-        script, method = objectives.get(name, objectives["MLE"])
+        script, method = objectives[name]
         slug = f"{kind}-{name.lower().replace(', ', '-').replace(' ', '')}-seed{seed}"
-        teacher = {"teacher": runs / f"teacher-mle-seed{seed}"}
+        flags, plain = {**sizes, "model": args.model or small, "seed": seed}, {"samples": 0, "baseline": "none"}
+        teacher = {"teacher": runs / f"teacher-mle-seed{seed}", "baseline": "none"}
         if kind == "teacher":
-            make(runs, slug, script, flags | {"model": args.teacher_model or large, "samples": 0})
-        elif kind == "half":
-            make(runs, slug, script, flags | {"tokens": sizes["tokens"] / 2, "samples": 0})
+            flags |= plain | {"model": args.teacher_model or large}
+        elif task != "toy":
+            flags["tokenizer"] = teacher["teacher"]  # trained once
+        if kind == "half":
+            flags |= plain | {"tokens": sizes["tokens"] / 2}
         elif kind == "pretraining":
-            found[item] = make(runs, slug, script, flags | teacher, method + (" --baseline none" if name != "MLE" else ""))
-        else:
-            start = {"tokens": sizes["tokens"] / 2, "init": runs / f"half-mle-seed{seed}"}
-            found[item] = make(runs, slug, script, flags | teacher | start, method + (" --baseline none" if name != "MLE" else ""))
+            flags |= teacher
+        elif kind == "finetuning":
+            flags |= teacher | {"tokens": sizes["tokens"] / 2, "init": runs / f"half-mle-seed{seed}"}
+        if args.jobs or (runs / slug / "summary.json").exists():
+            found[item] = make(runs, slug, script, flags, method)
 
-    first = [(kind, "MLE", seed) for kind in ("teacher", "half")[: 1 + args.half] for seed in seeds]
-    second = [(kind, name, seed) for kind in ("pretraining", "finetuning")[: 1 + args.half] for seed in seeds for name in objectives]
-    for wave in (first, second):
-        with ThreadPoolExecutor(args.jobs) as pool:
+    kinds = ("pretraining", "finetuning")[: 1 + args.half]
+    judged = [(kind, name, seed) for seed in seeds for kind in kinds for name in objectives]
+    for wave in ([("teacher", "MLE", seed) for seed in seeds], [("half", "MLE", seed) for seed in seeds if args.half], judged):
+        with ThreadPoolExecutor(max(1, args.jobs)) as pool:
             list(pool.map(work, wave))
 
     lines = []
-    for kind, name, seed in second:
+    for kind, name, seed in sorted(found.keys() & set(judged), key=lambda item: (kinds.index(item[0]), list(objectives).index(item[1]), item[2])):
         summary = found[kind, name, seed]
         about = {key: summary[key] for key in ("git_commit", "device", "threads", "versions", "tokens_per_second", "seconds", "data_sha256")}
         own = {
