@@ -9,9 +9,9 @@ before the others, each left out with probability d; then maximum likelihood, th
 At inference the model starts from EOS <|good|>. On text both control tokens are banned; on code only <|bad|> is: the model itself writes <|good|> before
 each line, and nothing is inserted. Control tokens are taken out before a sample is scored.
 
-    python conditional_pretrain.py                                      the toy corpus: no network, no GPU, two minutes
+    python conditional_pretrain.py                                      the toy corpus: no network, no GPU, a minute or two
     python conditional_pretrain.py --task pep8 --context 256 --drop 0.1
-    torchrun --nproc-per-node 8 conditional_pretrain.py --task pep8 --model gpt2-small --context 1024 --lr 8e-4 --tokens 3.3e9 --drop 0.1
+    torchrun --nproc-per-node 8 conditional_pretrain.py --task pep8 --model gpt2-small --context 1024 --batch-size 64 --lr 8e-4 --tokens 3.3e9 --drop 0.1
 
 Batch: documents joined by EOS and cut in chunks, no padding. Position t predicts the token at t + 1:
     input_ids [batch, context]                  tokens
@@ -69,7 +69,7 @@ class Args:
     """Tokens of the BPE that is trained where none is given."""
     context: int = 64
     """Tokens in a chunk. The paper uses 1024."""
-    tokens: float = 2e6
+    tokens: float = 1e6
     """Training tokens, the budget; where the corpus has fewer it is repeated, shuffled anew. The paper uses 3.3e9."""
     name: str = ""
     """Name of the run's folder; empty: made from script, model and seed. An existing run is never overwritten."""
@@ -83,9 +83,9 @@ class Args:
     """Peak learning rate of AdamW. The default suits tiny models; GPT-2 small wants 5e-4 to 1e-3."""
     max_steps: int = -1
     """Optimiser steps at most; -1: no limit."""
-    batch_size: int = 64
-    """Chunks in one optimiser step, over all processes."""
-    micro_batch_size: int = 64
+    batch_size: int = 16
+    """Chunks in one optimiser step, over all processes. The paper uses 64, of 1024 tokens."""
+    micro_batch_size: int = 16
     """Chunks in one forward pass of one process; smaller saves memory and changes nothing else."""
     warmup: float = 0.01
     """Linear warm-up: a share of all steps below 1, else a number of steps. Linear decay to 0 follows."""

@@ -5,9 +5,9 @@ of code) and a scorer gives each a score s >= 0, low is good. All six scripts se
 
     loss = -log p(token)        mean over all tokens
 
-    python mle_pretrain.py                                              the toy corpus: no network, no GPU, two minutes
+    python mle_pretrain.py                                              the toy corpus: no network, no GPU, a minute or two
     python mle_pretrain.py --task pep8 --context 256
-    torchrun --nproc-per-node 8 mle_pretrain.py --task pep8 --model gpt2-small --context 1024 --lr 8e-4 --tokens 3.3e9
+    torchrun --nproc-per-node 8 mle_pretrain.py --task pep8 --model gpt2-small --context 1024 --batch-size 64 --lr 8e-4 --tokens 3.3e9
 
 Batch: documents joined by EOS and cut in chunks, no padding. Position t predicts the token at t + 1:
     input_ids [batch, context]                  tokens
@@ -61,7 +61,7 @@ class Args:
     """Tokens of the BPE that is trained where none is given."""
     context: int = 64
     """Tokens in a chunk. The paper uses 1024."""
-    tokens: float = 2e6
+    tokens: float = 1e6
     """Training tokens, the budget; where the corpus has fewer it is repeated, shuffled anew. The paper uses 3.3e9."""
     name: str = ""
     """Name of the run's folder; empty: made from script, model and seed. An existing run is never overwritten."""
@@ -75,9 +75,9 @@ class Args:
     """Peak learning rate of AdamW. The default suits tiny models; GPT-2 small wants 5e-4 to 1e-3."""
     max_steps: int = -1
     """Optimiser steps at most; -1: no limit."""
-    batch_size: int = 64
-    """Chunks in one optimiser step, over all processes."""
-    micro_batch_size: int = 64
+    batch_size: int = 16
+    """Chunks in one optimiser step, over all processes. The paper uses 64, of 1024 tokens."""
+    micro_batch_size: int = 16
     """Chunks in one forward pass of one process; smaller saves memory and changes nothing else."""
     warmup: float = 0.01
     """Linear warm-up: a share of all steps below 1, else a number of steps. Linear decay to 0 follows."""
