@@ -17,9 +17,9 @@ Batch: documents joined by EOS and cut in chunks, no padding. Position t predict
     scores    [batch, context]                  float: the score of each token's segment; an EOS has its document's last one
 
 Differences from the authors' code:
-1. Segments are tokenised one by one for every objective, so that the six differ in the objective only; theirs do so for conditional training only.
+1. Each segment is tokenised by itself for every objective, so that the six differ in the objective only.
 2. Logits exist for a few thousand tokens at a time and are recomputed in the backward pass.
-3. No dropout, and evaluation is in eval mode; theirs trains with GPT-2's dropout and leaves it on while sampling.
+3. No dropout, and evaluation is in eval mode; theirs leaves dropout on while it samples.
 """
 
 import dataclasses

@@ -9,19 +9,19 @@ Peters and Schaal 2007 is where the method is from. With beta far above the rewa
 their range. At the paper's beta of 10 and rewards in [-1, 0] it is [.905, 1].
 
     python rwr_pretrain.py                                              the toy corpus: no network, no GPU, a minute or two
-    python rwr_pretrain.py --task pep8 --context 256 --beta 0.05
-    torchrun --nproc-per-node 8 rwr_pretrain.py --task pep8 --model gpt2-small --context 1024 --batch-size 64 --lr 8e-4 --tokens 3.3e9 --beta 0.05
+    python rwr_pretrain.py --task pep8 --context 256 --beta 10
+    torchrun --nproc-per-node 8 rwr_pretrain.py --task pep8 --model gpt2-small --context 1024 --batch-size 64 --lr 8e-4 --tokens 3.3e9 --beta 10
 
 Batch: documents joined by EOS and cut in chunks, no padding. Position t predicts the token at t + 1:
     input_ids [batch, context]                  tokens
     scores    [batch, context]                  float: the score of each token's segment; an EOS has its document's last one
 
 Differences from the authors' code:
-1. Segments are tokenised one by one for every objective, so that the six differ in the objective only; theirs do so for conditional training only.
+1. Each segment is tokenised by itself for every objective, so that the six differ in the objective only.
 2. Logits exist for a few thousand tokens at a time and are recomputed in the backward pass.
-3. No dropout, and evaluation is in eval mode; theirs trains with GPT-2's dropout and leaves it on while sampling.
+3. No dropout, and evaluation is in eval mode; theirs leaves dropout on while it samples.
 4. The weight is the paper's exp(R / beta). Their code runs AWR with alpha 1, whose value never leaves its start at -1/2: exp((R + 1/2) / beta), the same up to
-   a factor that Adam takes out again, where nothing is clipped.
+   a factor, which Adam takes out again where neither weights nor gradients are clipped.
 """
 
 import dataclasses
