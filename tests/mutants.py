@@ -606,7 +606,102 @@ PRETRAINING = [
     ),
 ]
 
-TABLE = FOUNDATION + METHODS + PRETRAINING
+SCORED, SCORERS, SAMPLES, SAID = "common/corpus.py", "common/scorers.py", "common/samples.py", "test_samples.py::"
+READ, SEGMENTS = "test_corpus.py::", "test_scorers.py::"
+
+SCORING = [
+    Mutant(
+        "scores kept without the scorer's version",
+        (SCORED,),
+        "json.dumps([scorer.name, digest, 1])",
+        "json.dumps([digest, 1])",
+        READ + "test_cached_scores_equal_fresh_ones_and_nothing_is_scored_twice",
+    ),
+    Mutant(
+        "an interrupted scoring begins anew",
+        (SCORED,),
+        'done = part.read_bytes().split(b"\\n")[:-1] if part.exists() else []',
+        "done = []",
+        READ + "test_an_interrupted_scoring_goes_on_where_it_stopped",
+    ),
+    Mutant("scored without a lock", (SCORED,), "fcntl.flock(lock, fcntl.LOCK_EX)  # given", "pass  # given", READ + "test_two_processes_score_once"),
+    Mutant(
+        "a text on both sides of the split",
+        (SCORED,),
+        'hashlib.sha256("".join(d["segments"]).encode()).hexdigest(), d)',
+        "str(id(d)), d)",
+        READ + "test_a_text_that_occurs_twice_is_on_one_side",
+    ),
+    Mutant(
+        "EOS without its document's score",
+        (SCORED,),
+        "scores.extend([*token_scores, token_scores[-1]])",
+        "scores.extend([*token_scores, 0.0])",
+        READ + "test_documents_are_joined_by_eos_and_cut_without_padding",
+    ),
+    Mutant(
+        "a quantile off by one",
+        (SCORED,),
+        "math.ceil(quantile * len(scores)) - 1)",
+        "min(len(scores), math.ceil(quantile * len(scores)) + 1) - 1)",
+        READ + "test_thresholds_by_value_and_by_quantile",
+    ),
+    Mutant("chunks in one order", (SCORED,), "        rng.shuffle(epoch)\n", "", READ + "test_a_plan_spends_the_budget_and_uses_chunks_evenly"),
+    Mutant(
+        "violations on the line behind",
+        (SCORERS,),
+        "found.append(line_number - 1)",
+        "found.append(line_number)",
+        SEGMENTS + "test_violations_stand_on_the_lines_that_pycodestyle_names",
+    ),
+    Mutant("a cut text blamed for its end", (SCORERS,), 'if code and code != "W292":', "if code:", SEGMENTS + "test_the_score_of_a_line_and_of_a_text"),
+    Mutant(
+        "white space behind its sentence",
+        (SCORERS,),
+        "        moved.append(front + text)\n        front = part[len(text) :]\n",
+        '        moved.append(front + part)\n        front = ""\n',
+        SEGMENTS + "test_sentences_joined_are_the_text_and_white_space_leads",
+    ),
+    Mutant(
+        "banned tokens sampled",
+        (EVALUATE,),
+        "config.suppress_tokens = list(banned_ids) or None",
+        "config.suppress_tokens = None",
+        SAID + "test_banned_tokens_are_never_sampled_and_the_others_keep_their_odds",
+    ),
+    Mutant("banned tokens keep their share", (SAMPLES,), '    logits[..., inside] = float("-inf")\n', "", SAID + "test_perplexity_on_a_bigram_table"),
+    Mutant(
+        "judged with dropout",
+        (SAMPLES,),
+        "yield [model.eval() for model in models]",
+        "yield models",
+        SAID + "test_samples_are_drawn_without_dropout_and_the_model_is_put_back",
+    ),
+    Mutant(
+        "the teacher's KL the wrong way round",
+        (SAMPLES,),
+        "log_p.exp() * (log_p - log_q)",
+        "log_q.exp() * (log_q - log_p)",
+        SAID + "test_kl_to_the_teacher_on_bigram_tables",
+    ),
+    Mutant("maximum over one place of all groups", (SAMPLES,), ".amax(1).mean()", ".amax(0).mean()", SAID + "test_misalignment_by_hand"),
+    Mutant(
+        "the red team shows the worst only",
+        (SAMPLES,),
+        "value / 0.1 - math.log(rng.expovariate(1.0) + 1e-300)",
+        "value / 0.1",
+        SAID + "test_red_team_shows_prompts_in_proportion_to_exp_of_the_score",
+    ),
+    Mutant(
+        "Self-BLEU against the sample itself",
+        (SAMPLES,),
+        "top[gram][2] if top[gram][1] == who else top[gram][0]",
+        "top[gram][0]",
+        SAID + "test_self_bleu_is_nltks",
+    ),
+]
+
+TABLE = FOUNDATION + METHODS + PRETRAINING + SCORING
 
 
 # ------------------------------------------------------------------------------------------------------------- the work
