@@ -177,8 +177,8 @@ def log_probabilities(run, model, ids: torch.Tensor, banned_ids=(), vocabulary: 
 
 
 def batches(run, model, items: list, length: int) -> list[list[int]]:
-    """This process's indices of items in batches whose logits fill about 256 MiB; every process gets as many."""
-    size = max(1, (1 << 26) // (length * model.get_output_embeddings().weight.shape[0]))
+    """This process's indices of items in batches whose logits fill about 64 MiB; every process gets as many."""
+    size = max(1, (1 << 24) // (length * model.get_output_embeddings().weight.shape[0]))
     mine = run.share_out(list(range(len(items))))
     return [mine[i : i + size] for i in range(0, len(mine), size)]
 
