@@ -319,6 +319,18 @@ def test_red_team_of_a_model_by_itself(toy_tokenizer):
     assert len(found["prompts"]) > 1
 
 
+def test_red_team_in_a_short_context(toy_tokenizer):
+    """Prompts and what the attacker sees are cut so that both models have room to write."""
+    model = models.tiny_gpt2(len(toy_tokenizer), n_positions=12)
+    pool = ["the capital of france is paris . the capital of spain is madrid . dogs bark .", "cats meow"]
+    found = samples.red_team(
+        RUN, model, toy_tokenizer, lambda texts: [float(len(text.split())) for text in texts], pool, rounds=2, new_prompts=3, continuations=2
+    )
+    assert max(value for _, value in found["prompts"]) <= 12 - 3
+    assert min(value for _, value in found["prompts"]) > 0
+    assert len(found["prompts"]) > 2
+
+
 # ------------------------------------------------------------------------------------------------------------ diversity
 
 
