@@ -226,7 +226,7 @@ def rows_of(flat: torch.Tensor, completion_tokens: torch.Tensor) -> torch.Tensor
     return torch.nn.utils.rnn.pad_sequence(list(flat.split(completion_tokens.tolist())), batch_first=True)
 
 
-def add_value_head(model, saved: dict[str, torch.Tensor]):
+def add_critic(model, saved: dict[str, torch.Tensor]):
     """Puts the linear head `model.value`, hidden state -> expected return, on a causal LM: zero, or the one among the `saved` weights."""
     model.value = torch.nn.Linear(model.config.get_text_config().hidden_size, 1, device=model.device)
     with torch.no_grad():
@@ -292,7 +292,7 @@ def main(args: Args) -> None:
     reward = rewards.load(args.reward, run)
     test_reward = rewards.load(args.test_reward, run, "--test-reward") if args.test_reward else None
     saved = [runtime.load_weights(run.checkpoint or base, name) for name in ("value.weight", "value.bias")]
-    model = add_value_head(runtime.load_model(run.checkpoint or base, run.device, tokenizer), saved[0] | saved[1])
+    model = add_critic(runtime.load_model(run.checkpoint or base, run.device, tokenizer), saved[0] | saved[1])
     runtime.disable_dropout(model)
     run.prepare(model.train())
     reference = run.prepare(runtime.load_model(base, run.device, tokenizer).eval().requires_grad_(False))

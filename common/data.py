@@ -555,13 +555,18 @@ def sha256_of(value: object) -> str:
 # ---------------------------------------------------------------------------------------------------- tokens to batches
 
 
-def row_tokens(example: dict) -> int:
-    """Real tokens of a row as its answers are read one by one: prompt + completion for each, no padding, however the batch is laid out."""
+def row_tokens(example) -> int:
+    """Real tokens of a row as its answers are read one by one: prompt + completion for each, no padding, however the batch is laid out. A chunk of
+    a corpus, a tensor, is all tokens."""
+    if isinstance(example, torch.Tensor):
+        return len(example)
     return sum(len(example["prompt"]) + len(ids) for ids in example["completions"])
 
 
-def row_length(example: dict) -> int:
-    """Length of a row in the shared-prompt layout, in tokens."""
+def row_length(example) -> int:
+    """Length of a row in the shared-prompt layout, or of a chunk of a corpus, in tokens."""
+    if isinstance(example, torch.Tensor):
+        return len(example)
     return len(example["prompt"]) + sum(map(len, example["completions"]))
 
 

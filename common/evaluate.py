@@ -139,11 +139,12 @@ def sample(
     seed: int = 0,
     batch_size: int = 64,
     autocast=None,
+    banned_ids: tuple[int, ...] = (),
 ) -> list[list[int]]:
     """One sampled completion for each prompt, as token ids that end in EOS unless cut at `max_new_tokens`.
 
     Everything that shapes the distribution is passed here and the checkpoint's generation_config is set aside: transformers would sample from
-    the 50 likeliest tokens where nothing is said. temperature 0 is greedy. Prompts are padded on the left, with position ids from the mask.
+    the 50 likeliest tokens where nothing is said. temperature 0 is greedy. `banned_ids` are never sampled, the others share their probability. Prompts are padded on the left, with position ids from the mask.
     The caller's random numbers are untouched. With several processes each must call with the same number of prompts.
     """
     from transformers import GenerationConfig
@@ -152,6 +153,7 @@ def sample(
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     shape = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {"do_sample": False}
     config = GenerationConfig(**shape, max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=pad, use_cache=True)
+    config.suppress_tokens = list(banned_ids) or None
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     completions: list = [None] * len(prompts)
     was_training, saved = model.training, model.generation_config

@@ -386,6 +386,13 @@ class Run:
             "name": (lambda v: not v or Path(v).name == v, "one folder name"),
             "label_smoothing": (lambda v: 0 <= v < 0.5, "at least 0 and below 0.5"),
             "lam prior_decay dph_weight dpo_weight weight_decay kl_samples kl vf_coef": (lambda v: v >= 0 and finite(v), "at least 0"),
+            "context": (lambda v: v >= 2, "at least 2"),
+            "tokens": (lambda v: v > 0 and finite(v), "a positive number"),
+            "vocabulary": (lambda v: v >= 257, "at least 257: a token for each byte, and the end of a document"),
+            "alpha": (lambda v: v >= 0 and finite(v), "at least 0"),
+            "drop": (lambda v: 0 <= v <= 1, "between 0 and 1"),
+            "threshold_quantile": (lambda v: v is None or 0 <= v <= 1, "between 0 and 1"),
+            "samples red_team": (lambda v: v >= 0, "at least 0"),
         }
         for names, (good, expected) in rules.items():
             for name in names.split():
@@ -403,14 +410,17 @@ class Run:
         """The context of every forward pass."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def prepare(self, model):
-        """Sets threads by size, gradient checkpointing, compilation and, with several processes, sharding. Call before the optimiser is made."""
+    def prepare(self, model, dynamic: bool | None = True):
+        """Sets threads by size, gradient checkpointing, compilation and, with several processes, sharding. Call before the optimiser is made.
+
+        dynamic: whether batches differ in shape, for the compiler; None: it finds out.
+        """
         if self.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ and is_tiny(model):
             torch.set_num_threads(1)
         if self.args.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if self.args.compile:
-            model.base_model.compile(dynamic=True)
+            model.base_model.compile(dynamic=dynamic)
         if self.world_size > 1:
             shard(model)
         return model
@@ -467,6 +477,10 @@ class Run:
         if self.main:
             write_json(path, value)
         return value
+
+    def put(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor on the run's device, copied while the device computes."""
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor.to(self.device)
 
     def share_out(self, items: list) -> list:
         """This process's items, as many on each: the last ones are made up by repeating the first. `gather` puts them together again."""
@@ -538,11 +552,12 @@ class Run:
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0.0) + value.detach() * float(real)
 
-    def log(self, rows: list[dict], grad_norm: torch.Tensor, lr: float) -> None:
-        """Closes an optimiser step over `rows` (of all processes), and writes a line to metrics.jsonl where one is due."""
+    def log(self, rows: list[dict], grad_norm: torch.Tensor, lr: float, targets: int = 1) -> None:
+        """Closes an optimiser step over `rows` (of all processes), and writes a line to metrics.jsonl where one is due. The metrics were summed over
+        `targets` things in each row: target tokens, where rows are chunks of a corpus."""
         self.step += 1
         self.tokens += sum(map(row_tokens, rows))
-        self._pending[-1] |= {"step": self.step, "rows": len(rows), "grad_norm": grad_norm.detach(), "lr": lr}
+        self._pending[-1] |= {"step": self.step, "rows": len(rows) * targets, "grad_norm": grad_norm.detach(), "lr": lr}
         self.stopping = self._agreed_stop()
         if any(map(self.due, (self.args.log_every, self.args.eval_every, self.args.save_every))) or self.stopping:
             self._read_metrics()
@@ -615,8 +630,8 @@ class Run:
         indices = torch.tensor([i for mine, _ in found for i in mine])
         return torch.cat([values for _, values in found])[indices.argsort()]
 
-    def mean_metrics(self, function, rows: list) -> dict[str, float]:
-        """`function(indices)` -> summed metrics, as means over all rows."""
+    def mean_metrics(self, function, rows: list, targets: int = 1) -> dict[str, float]:
+        """`function(indices)` -> summed metrics, as means over all rows, or over the `targets` tokens in each of them."""
         sums: dict = {}
         order = sorted(range(len(rows)), key=lambda i: row_length(rows[i]))
         for mine, real in micro_batches(order, self.args.micro_batch_size, self.rank, self.world_size):
@@ -628,7 +643,7 @@ class Run:
         table = torch.stack(list(sums.values()))
         if self.world_size > 1:
             dist.all_reduce(table)
-        return means_of(dict(zip(sums, table.tolist())), len(rows))
+        return means_of(dict(zip(sums, table.tolist())), len(rows) * targets)
 
     # -- checkpoints
 
@@ -707,12 +722,14 @@ class Run:
 
     # -- the end
 
-    def finish(self, columns: dict[str, dict], base_folder: str, data_sha256: str, extra: dict | None = None) -> dict:
+    def finish(self, columns: dict[str, dict], base_folder: str, data_sha256: str, extra: dict | None = None, flops_per_token: float | None = None) -> dict:
         """Writes summary.json and curves.png and removes the checkpoints, which the finished model replaces.
 
         Args:
             columns: "before", "after", ... -> split -> the dict of a script's `report`; its "samples" stay out of the summary. "held_out" is
                 written under the column's name, "unseen" under the name with "_unseen" behind it.
+            base_folder: of the model that training began with; empty: a new one.
+            flops_per_token: of training, for the share of the devices' peak that the steps reached.
             extra: keys of one script alone.
         """
         import transformers
@@ -722,17 +739,20 @@ class Run:
             "args": {k: v for k, v in dataclasses.asdict(self.args).items() if k != "resume"},
             "steps": self.step,
             "seconds": round(self.seconds, 3),
-            "tokens_per_second": round(self.tokens / self.seconds, 1) if self.seconds else None,
+            "tokens_per_second": (speed := round(self.tokens / self.seconds, 1) if self.seconds else None),
             "peak_memory_bytes": peak_memory_bytes(self.device),
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
             "git_commit": git_commit(),
             "data_sha256": data_sha256,
-            "model_sha256": sha256_of_model(base_folder),
+            "model_sha256": sha256_of_model(base_folder) if base_folder else None,
             "device": device_name(self.device),
             "threads": torch.get_num_threads(),
             "processes": self.world_size,
             "kl_samples": getattr(self.args, "kl_samples", None),
         }
+        if flops_per_token is not None:
+            peak = peak_flops(self.device, self.dtype)
+            summary["peak_flops_share"] = speed * flops_per_token / (peak * self.world_size) if peak and speed else None
         for name, splits in columns.items():
             for split, values in splits.items():
                 key = name if split == "held_out" else f"{name}_{split}"
@@ -764,6 +784,27 @@ def device_name(device) -> str:
     except OSError:
         names = []
     return f"cpu, {names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+
+
+PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+
+
+def peak_flops(device, dtype) -> float | None:
+    """Peak of dense bfloat16 products of a GPU in FLOP/s, float32 sums, as its maker states it; None for other devices and for float32."""
+    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else ""
+    return next((peak for part, peak in PEAKS.items() if part in name), None) if dtype == torch.bfloat16 else None
+
+
+def training_flops(model, context: int) -> float:
+    """Floating-point operations of training on one token, forward and backward: 6 for each weight that multiplies, and attention over `context`.
+
+    Embeddings are looked up and count only where they are the output layer too. Attention counts all of the context, as is usual, though half
+    of it is masked; recomputed activations are not counted.
+    """
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    looked_up = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding) and m.weight is not head.weight)
+    weights = sum(p.numel() for p in model.parameters()) - looked_up
+    return 6.0 * weights + 12.0 * config.num_hidden_layers * config.hidden_size * context
 
 
 def start(args, script: str) -> Run:

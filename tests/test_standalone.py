@@ -181,6 +181,46 @@ def sigma(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
 
+# Loss summed over the ten targets of two chunks, from their log-probabilities and scores, as each script's docstring writes it, at threshold .25. A
+# zero head's value is -1/2.
+CORPUS = {
+    "mle_pretrain": lambda args, logp, score: -logp,
+    "filtered_pretrain": lambda args, logp, score: -logp,
+    "conditional_pretrain": lambda args, logp, score: -logp,
+    "unlikelihood_pretrain": lambda args, logp, score: -logp if score <= 0.25 else -args.alpha * math.log(1 - math.exp(logp)),
+    "rwr_pretrain": lambda args, logp, score: -math.exp(-score / args.beta) * logp,
+    "awr_pretrain": lambda args, logp, score: -args.alpha * math.exp((0.5 - score) / args.beta) * logp + (1 - args.alpha) * (0.5 - score) ** 2,
+}
+
+CORPUS_PROGRAM = """
+import importlib, json, sys
+
+sys.modules["common"] = sys.modules["datasets"] = None
+script = importlib.import_module(sys.argv[1])
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+torch.manual_seed(0)
+torch.set_num_threads(1)
+shape = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 8, "initializer_range": 0.3}
+model = GPT2LMHeadModel(GPT2Config(vocab_size=20, **shape)).eval()
+model = script.add_value_head(model, {}) if hasattr(script, "add_value_head") else model
+args = script.Args()
+args.threshold = 0.25
+ids = torch.randint(20, (2, 6))
+scores = torch.tensor([[0.9, 0.0, 0.0, 0.75, 0.75, 0.75], [0.0, 0.5, 0.5, 0.0, 1.0, 1.0]])
+with torch.no_grad():
+    logps = model(ids).logits.log_softmax(-1)
+found = [(logps[row, t, ids[row, t + 1]].item(), scores[row, t + 1].item()) for row in range(2) for t in range(5)]
+value, metrics = script.compute_loss(model, {"input_ids": ids, "scores": scores}, args)
+value.backward()
+gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+assert torch.stack([g.norm() for g in gradients]).norm() > 0 and all(g.isfinite().all() for g in gradients)
+assert abs(metrics["loss"].item() - value.item()) < 1e-6
+print(json.dumps([value.item(), metrics["nll"].item(), metrics["bad_share"].item(), found]))
+"""
+
+
 @pytest.fixture
 def alone(tmp_path):
     """Runs Python in an empty folder that holds one script and nothing else of this repository."""
@@ -217,6 +257,18 @@ def test_the_loss_runs_on_rows_with_one_answer_made_by_hand(alone, script):
     assert done.returncode == 0, done.stderr
     value, *known = json.loads(done.stdout)
     assert value == pytest.approx(ONE_ANSWER[script](importlib.import_module(script).Args(), *known), rel=1e-5)
+
+
+@pytest.mark.parametrize("script", sorted(CORPUS))
+def test_the_loss_runs_on_chunks_made_by_hand(alone, script):
+    """A target carries its own score, not that of the position that predicts it."""
+    done = alone(script, "-c", CORPUS_PROGRAM, script)
+    assert done.returncode == 0, done.stderr
+    loss, nll, bad, found = json.loads(done.stdout)
+    args = importlib.import_module(script).Args()
+    assert loss == pytest.approx(sum(CORPUS[script](args, logp, score) for logp, score in found), abs=1e-4)
+    assert nll == pytest.approx(-sum(logp for logp, _ in found), abs=1e-4)
+    assert bad == 7
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
