@@ -70,13 +70,13 @@ class Args:
     """Seed of the initial weights, the order of the data and all sampling."""
     resume: str = ""
     """Folder of an interrupted run to go on with; all other arguments come from it."""
-    lr: float = 3e-3
+    lr: float = 1e-2
     """Peak learning rate of AdamW. The default suits tiny models; GPT-2 small wants 5e-4 to 1e-3."""
     max_steps: int = -1
     """Optimiser steps at most; -1: no limit."""
-    batch_size: int = 16
+    batch_size: int = 32
     """Chunks in one optimiser step, over all processes. The paper uses 64, of 1024 tokens."""
-    micro_batch_size: int = 16
+    micro_batch_size: int = 32
     """Chunks in one forward pass of one process; smaller saves memory and changes nothing else."""
     warmup: float = 0.01
     """Linear warm-up: a share of all steps below 1, else a number of steps. Linear decay to 0 follows."""
@@ -183,6 +183,7 @@ def main(args: Args) -> None:
     except ImportError as error:
         raise SystemExit(f"Training needs the folder common/ beside this file; its functions alone do not. ({error})") from None
     run = runtime.start(args, __file__)
+    samples.check(run)
 
     # Documents with their segments and scores, and what counts as good.
     documents, facts = corpus.load(run.args, run.say)

@@ -9,10 +9,12 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from common import corpus, evaluate, runtime, scorers, toy
+from common.data import InputError
 
 GROUP = 25  # samples: the expected maximum is over groups of this size
 GOOD = {"toy": 0.0, "pep8": 0.0, "pii": 0.0, "toxicity": 5.6e-4}  # a segment of the held-out text counts as good up to this score
@@ -360,6 +362,18 @@ WORDS = {
 }
 
 
+def check(run) -> None:
+    """Raises InputError before any training for what the evaluation at the end could not load."""
+    args = run.args
+    for flag, value in (("teacher", args.teacher), ("baseline", args.baseline)):
+        if value not in {"", "none", "auto"} and not (Path(value) / "config.json").is_file():
+            raise InputError(f"--{flag} {value}: expected the folder of a model, and there is no config.json in it.")
+    if args.attacker:
+        runtime.resolve_model(args.attacker)
+    if args.samples or args.red_team:
+        scorers.load(args.task, args.scorer, samples=True, device=str(run.device))
+
+
 def load_teacher(run) -> tuple | None:
     """(model, tokenizer, samples at temperature 1) of `--teacher`, or None."""
     args = run.args
@@ -367,8 +381,8 @@ def load_teacher(run) -> tuple | None:
         return None
     tokenizer = runtime.load_tokenizer(args.teacher)
     teacher = runtime.load_model(args.teacher, run.device, tokenizer).eval()
-    count = min(SEQUENCES, args.samples or SEQUENCES)
-    return teacher, tokenizer, unconditional(run, teacher, tokenizer, count, args.max_new_tokens, temperature=1.0, top_p=1.0, seed=args.seed)
+    count, room = min(SEQUENCES, args.samples or SEQUENCES), min(args.max_new_tokens, args.context - 2)  # two tokens may stand before them
+    return teacher, tokenizer, unconditional(run, teacher, tokenizer, count, room, temperature=1.0, top_p=1.0, seed=args.seed)
 
 
 def load_baseline(run, documents: list[corpus.Document]) -> tuple | None:

@@ -47,8 +47,8 @@ OBJECTIVES = {
     },
 }
 SIZES = {  # what a run is given where the command line says nothing
-    "toy": {"tokens": 1e6, "context": 64, "samples": 500, "batch_size": 16, "lr": 3e-3},
-    "pep8": {"tokens": 1.5e6, "context": 128, "samples": 500, "batch_size": 16, "lr": 3e-3, "vocabulary": 1024, "holdout": 0.03},
+    "toy": {"tokens": 5e5, "context": 64, "samples": 500, "batch_size": 16, "lr": 1e-2},
+    "pep8": {"tokens": 1e6, "context": 128, "samples": 500, "batch_size": 16, "lr": 3e-3, "vocabulary": 1024, "holdout": 0.03},
 }
 SHAPES = {"toy": ((2, 2, 64), (2, 4, 128)), "pep8": ((2, 2, 64), (3, 3, 96))}  # layers, heads, width: of the model and of the teacher
 COLUMNS = {"after": "", "after_bad": ", asked for bad", "after_no_token": ", not asked"}
@@ -64,7 +64,7 @@ class Args:
     seeds: tuple[int, ...] = ()
     """Seeds; empty: 0 1 2 on the toy, 0 on pep8."""
     tokens: float = 0
-    """Training tokens of each run; 0: 1e6 on the toy, 1.5e6 on pep8."""
+    """Training tokens of each run; 0: 5e5 on the toy, 1e6 on pep8."""
     model: str = ""
     """What is trained: a size or a folder with a config.json; empty: 2 layers of 64."""
     teacher_model: str = ""
@@ -76,7 +76,7 @@ class Args:
     batch_size: int = 0
     """Chunks in a step; 0: 16."""
     lr: float = 0
-    """Peak learning rate; 0: 3e-3."""
+    """Peak learning rate; 0: 1e-2 on the toy, 3e-3 on pep8."""
     samples: int = 0
     """Samples of each model; 0: 500."""
     half: bool = True
