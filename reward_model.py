@@ -133,7 +133,7 @@ def main(args: Args) -> None:
     scores, loss_and_metrics = runtime.as_forward(model, rewards_of), runtime.as_forward(model, compute_loss)
 
     # The rows, and the order in which training sees them.
-    splits, data_sha256 = data.load_pairs(args, tokenizer, runtime.length_limit(args.max_length, model), run.say)
+    splits, data_sha256 = data.load_pairs(args, tokenizer, runtime.length_limit(args.max_length, model, tokenizer), run.say)
     splits["train"] = data.half_of(splits["train"], args.half)
     if args.half != "all":
         run.say(f"The {args.half} half of the prompts: {len(splits['train']):,} rows to train on.")

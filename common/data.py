@@ -534,16 +534,14 @@ def load_demonstrations(args, tokenizer, max_length: int, say=print) -> tuple[di
 
 
 def half_of(rows: Rows, which: str) -> Rows:
-    """The rows of one half of the distinct prompts, "first" or "second", or "all". The halves do not depend on a run's seed, so that two runs share none."""
+    """The rows of one half of the prompts, "first" or "second", or "all". A hash decides for each prompt alone, whatever else is in the rows: two runs on
+    different halves share no prompt, even where their seeds hold out different ones. A half has about half of the prompts."""
     if which == "all":
         return rows
-    keys = [json.dumps(texts[0] or texts[1]) for texts in rows.texts]
-    distinct = sorted(set(keys))
-    random.Random("halves").shuffle(distinct)
-    first = set(distinct[: len(distinct) // 2])
-    kept = [i for i, key in enumerate(keys) if (key in first) == (which == "first")]
+    first = [hashlib.sha256(json.dumps(texts[0] or texts[1]).encode()).digest()[0] < 128 for texts in rows.texts]
+    kept = [i for i, is_first in enumerate(first) if is_first == (which == "first")]
     if not kept:
-        raise InputError(f"--half {which}: {len(distinct)} prompt in the training rows leaves nothing in that half.")
+        raise InputError(f"--half {which}: the {len(rows):,} training rows leave nothing in that half.")
     return Rows([rows[i] for i in kept], [rows.texts[i] for i in kept], rows.seen, rows.dropped, rows.moved)
 
 

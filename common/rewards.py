@@ -24,6 +24,8 @@ def load(name: str, run, flag: str = "--reward"):
         reward(prompts, answers) -> [n], float32, on the CPU. Raises InputError where the name leads to no reward.
     """
     if name in {"toy", "toy:flawed"}:
+        if toy.flip_share(run.args.data) is None:
+            raise InputError(f"{flag} {name}: it judges answers to the toy's questions only; expected a reward model, since --data is {run.args.data}.")
         judge = toy.true_reward if name == "toy" else toy.flawed_reward
 
         def of_toy(prompts: list, answers: list[str]) -> torch.Tensor:
@@ -34,17 +36,25 @@ def load(name: str, run, flag: str = "--reward"):
 
 
 def of_model(name: str, run, flag: str):
-    """The reward of a sequence-classification model: prompt + answer in one line, with an EOS behind it where the model was trained here."""
+    """The reward of a sequence-classification model: prompt + answer in one line, with an EOS behind it where the model was trained here.
+
+    An answer comes without the white space that it began with: where it would run into the prompt, a space goes between. A text that is longer than the
+    model's context loses its beginning.
+    """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     if name.startswith("toy"):
         raise InputError(f"{flag} {name}: expected toy, toy:flawed, a folder, or a hub id.")
     folder = runtime.resolve_model(name, flag=flag)
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).to(run.device).eval().requires_grad_(False)
+        model, found = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:
         raise InputError(f"{flag} {name}: cannot be loaded as a sequence-classification model ({str(error).splitlines()[0]}).") from None
+    if found["missing_keys"]:  # transformers would go on with random weights
+        names = ", ".join(sorted(found["missing_keys"]))
+        raise InputError(f"{flag} {name}: the model has no reward head ({names} not found); reward_model.py trains one.")
+    model.to(run.device).eval().requires_grad_(False)
     labels = model.config.num_labels
     if labels > 2:
         raise InputError(f"{flag} {name}: the model has {labels} labels; expected one, or two of which the second is the better.")
@@ -54,11 +64,12 @@ def of_model(name: str, run, flag: str):
     tokenizer.padding_side, tokenizer.truncation_side = "right", "left"
     model.config.pad_token_id = tokenizer.pad_token_id
     ends = (Path(folder) / "args.json").is_file() and tokenizer.eos_token_id is not None  # a run of ours: rewards are read at the EOS
-    limit = runtime.context_length(model)
+    limit = min(runtime.context_length(model), tokenizer.model_max_length)
 
     def tokens(prompt, answer: str) -> list[int]:
         if isinstance(prompt, str):
-            ids = tokenizer(prompt + answer).input_ids
+            apart = not answer or answer[0].isspace() or prompt[-1:].isspace()
+            ids = tokenizer(prompt + ("" if apart else " ") + answer).input_ids
         else:
             text = tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": answer}], tokenize=False)
             ids = tokenizer(text, add_special_tokens=False).input_ids

@@ -186,9 +186,10 @@ def context_length(model) -> int:
     return next((v for k in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len") if isinstance(v := getattr(config, k, None), int)), 1 << 30)
 
 
-def length_limit(wanted: int | None, model) -> int:
-    """`--max-length`, by default the smaller of 1024 and the model's context; InputError where it is more than the context."""
-    context = context_length(model)
+def length_limit(wanted: int | None, model, tokenizer=None) -> int:
+    """`--max-length`, by default the smaller of 1024 and the model's context; InputError where it is more than the context. An encoder's tokenizer may
+    allow less than the model has positions."""
+    context = min(context_length(model), getattr(tokenizer, "model_max_length", 1 << 30))
     if wanted is not None and wanted > context:
         raise InputError(f"--max-length {wanted}: the model's context has {context} positions.")
     return wanted or min(1024, context)

@@ -844,7 +844,62 @@ SCORING = [
     ),
 ]
 
-TABLE = FOUNDATION + METHODS + DESIDERATA + ONE_ANSWER + PRETRAINING + SCORING
+REWARD = "test_reward_model.py::"
+
+REWARDS = [
+    Mutant(
+        "rewards turned round",
+        ("reward_model.py",),
+        "-F.logsigmoid(chosen_rewards -",
+        "-F.logsigmoid(-chosen_rewards +",
+        REWARD + "test_loss_and_its_gradient_in_closed_form",
+    ),
+    Mutant(
+        "reward reads padding",
+        ("reward_model.py",),
+        'logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0]',
+        'logits = model.score(model.base_model(input_ids=batch["input_ids"]).last_hidden_state[:, -1])[:, 0]',
+        REWARD + "test_padding_and_company_never_change_a_score",
+    ),
+    Mutant("new head at random", (RUNTIME,), "parameter.zero_()", "parameter.abs_()", REWARD + "test_a_new_head_is_zero_and_a_trained_one_goes_on"),
+    Mutant(
+        "head of a stranger at random",
+        ("common/rewards.py",),
+        'if found["missing_keys"]:',
+        "if not found:",
+        REWARD + "test_a_model_without_a_head_is_no_reward",
+    ),
+    Mutant(
+        "answer runs into the prompt",
+        ("common/rewards.py",),
+        '"" if apart else " "',
+        '""',
+        REWARD + "test_an_answer_without_its_leading_space_is_read_as_it_was_trained_on",
+    ),
+    Mutant(
+        "half by position",
+        (DATA,),
+        "json.dumps(texts[0] or texts[1])",
+        "json.dumps(rows.texts.index(texts))",
+        REWARD + "test_halves_are_disjoint_and_together_all",
+    ),
+    Mutant("both halves are the first", (DATA,), 'if is_first == (which == "first")', "if is_first", REWARD + "test_each_half_trains_on_its_own_prompts"),
+    Mutant(
+        "METEOR one way",
+        (EVALUATE,),
+        "single_meteor_score(words[1], words[0]",
+        "single_meteor_score(words[0], words[1]",
+        REWARD + "test_meteor_against_its_formula",
+    ),
+    Mutant(
+        "bins weighted by what they hold",
+        (EVALUATE,),
+        "return sum(gaps) / len(gaps) if gaps",
+        "return sum(gaps) / len(p) if gaps",
+        REWARD + "test_calibration_by_hand",
+    ),
+]
+TABLE = FOUNDATION + METHODS + DESIDERATA + ONE_ANSWER + PRETRAINING + SCORING + REWARDS
 
 
 # ------------------------------------------------------------------------------------------------------------- the work

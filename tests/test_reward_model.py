@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -89,7 +90,7 @@ def test_padding_and_company_never_change_a_score(tmp_path, file13, folder):
 
 def plain_run():
     """What a reward needs of a run."""
-    return type("Run", (), {"device": torch.device("cpu"), "autocast": staticmethod(torch.no_grad)})
+    return SimpleNamespace(device=torch.device("cpu"), autocast=torch.no_grad, args=SimpleNamespace(data="toy"))
 
 
 def test_pad_is_apart_from_eos_in_what_is_saved(tmp_path, file13):
@@ -137,18 +138,33 @@ def test_halves_are_disjoint_and_together_all(tmp_path, file13, llama):
     asked = [{t[0] for t in half.texts} for half in (first, second)]
     assert not asked[0] & asked[1]
     assert asked[0] | asked[1] == {t[0] for t in texts}
-    assert sorted(map(len, asked)) == [5, 6]
+    assert all(asked)
     assert [len(first), len(second)] == [2 * len(a) for a in asked]
     assert data.half_of(rows, "all") is rows
     shuffled = data.encode_rows(tokenizer, random.Random(1).sample(texts, len(texts)), 64)
     assert {t[0] for t in data.half_of(shuffled, "first").texts} == asked[0]  # whatever the order of the file
+    fewer = data.encode_rows(tokenizer, texts[6:], 64)
+    assert {t[0] for t in data.half_of(fewer, "first").texts} <= asked[0]  # another seed holds out other prompts, and the halves still share none
+    many = data.encode_rows(tokenizer, [(f"what is {i} ?", " a", " b") for i in range(400)], 64)
+    assert 150 < len(data.half_of(many, "first")) < 250
+    lonely = data.encode_rows(tokenizer, [texts[i] for i in range(len(texts)) if texts[i][0] in asked[1]], 64)
     with pytest.raises(InputError, match="--half first"):
-        data.half_of(data.encode_rows(tokenizer, texts[:2], 64), "first")
-    seeds = []
-    for seed in (0, 1):
-        train("reward_model", tmp_path / f"run{seed}", model=llama, data=file13, half="first", seed=seed, max_steps=1)
-        seeds.append(json.loads((tmp_path / f"run{seed}" / "summary.json").read_text())["tokens_per_second"])
-    assert all(seeds)
+        data.half_of(lonely, "first")
+    assert data.half_of(lonely, "second") == lonely
+
+
+def test_each_half_trains_on_its_own_prompts(tmp_path, file13, llama, monkeypatch):
+    planned, plan_batches = [], data.plan_batches
+
+    def plan(rows, *args):
+        planned.append({text[0] for text in rows.texts})
+        return plan_batches(rows, *args)
+
+    monkeypatch.setattr(data, "plan_batches", plan)
+    for seed, half in enumerate(("first", "second", "all")):
+        train("reward_model", tmp_path / half, model=llama, data=file13, half=half, seed=seed, max_steps=1)
+    assert not planned[0] & planned[1]
+    assert planned[0] | planned[1] == planned[2] == {row["prompt"] for row in pairs(13)}
 
 
 def test_every_pair_weighs_the_same(tmp_path, file13, llama):
@@ -233,9 +249,9 @@ def test_the_toys_summary(tmp_path, toy_base):
 def test_the_toys_rewards():
     question = "what is the capital of france ?"
     answers = ["it is paris , my friend .", "it is rome , you fool .", "good question : good question : it is paris , my friend ."]
-    true = rewards.load("toy", None)([question] * 3, answers)
+    true = rewards.load("toy", plain_run())([question] * 3, answers)
     assert true.tolist() == pytest.approx([1.5, -2.0, 1.5 - 0.1 * 5])
-    flawed = rewards.load("toy:flawed", None)([question] * 3, answers)
+    flawed = rewards.load("toy:flawed", plain_run())([question] * 3, answers)
     assert flawed.tolist() == pytest.approx([1.5, -2.0, 2.5])  # repeating a polite phrase pays, and length costs nothing
     assert true.dtype == flawed.dtype == torch.float32
 
@@ -245,6 +261,45 @@ def test_the_flawed_proxy_goes_with_the_true_reward_on_the_base_models_answers(t
     rows = [(row, text) for row, texts in zip(toy.questions(), answers) for text in texts[:20]]
     true, flawed = (torch.tensor([judge(row, text) for row, text in rows]) for judge in (toy.true_reward, toy.flawed_reward))
     assert torch.corrcoef(torch.stack([true, flawed]))[0, 1] > 0.9
+
+
+def test_an_answer_without_its_leading_space_is_read_as_it_was_trained_on(tmp_path, file13, llama):
+    """Sampled answers come as stripped text; run into the prompt, "?it" would be another token than the "it" of the pairs."""
+    reward = rewards.load(str(trained(tmp_path, file13, llama)), plain_run())
+    rows = pairs(6)
+    prompts, answers = [r["prompt"] for r in rows], [r["chosen"] for r in rows]
+    assert reward(prompts, answers).std() > 1e-3
+    torch.testing.assert_close(reward(prompts, [a.strip() for a in answers]), reward(prompts, answers), rtol=0, atol=1e-6)
+    lines = [p + "\n" for p in prompts]
+    torch.testing.assert_close(reward(lines, [a.strip() for a in answers]), reward(prompts, answers), rtol=0, atol=1e-6)  # no space after one
+    assert reward(prompts, [""] * 6).isfinite().all()
+
+
+def test_a_run_of_dph_is_a_reward(tmp_path, file13, llama):
+    run = train("dph", tmp_path / "run", model=llama, data=file13, epochs=2, kl_samples=0)
+    rows, tokenizer = pairs(6), runtime.load_tokenizer(str(run))
+    examples = data.encode_rows(tokenizer, [(r["prompt"], r["chosen"], r["rejected"]) for r in rows], 64)
+    head = runtime.load_weights(run, "score.weight")["score.weight"]
+    model = runtime.load_model(str(run), "cpu").eval()
+    expected = evaluate.plain_rewards(model, head, [(e["prompt"], e["completions"][0]) for e in examples])
+    got = rewards.load(str(run), plain_run())([r["prompt"] for r in rows], [r["chosen"] for r in rows])
+    assert got.tolist() == pytest.approx(expected, abs=1e-5)
+    assert got.std() > 1e-3
+
+
+def test_a_model_without_a_head_is_no_reward(llama):
+    """transformers would give it a random one."""
+    with pytest.raises(InputError, match=r"no reward head \(score.weight not found\)") as refused:
+        rewards.load(llama, plain_run())
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["toy", "toy:flawed"])
+def test_the_toys_rules_do_not_judge_other_data(name):
+    run = plain_run()
+    run.args.data = "pairs.jsonl"
+    with pytest.raises(InputError, match="toy's questions only"):
+        rewards.load(name, run)
 
 
 @pytest.mark.parametrize(("name", "words"), [("toy:other", "expected toy, toy:flawed"), ("/no/such/folder", "no such file or folder")])

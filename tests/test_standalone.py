@@ -177,6 +177,30 @@ print(json.dumps([value.item(), logps, ref, labels]))
 """
 
 
+REWARD_PROGRAM = """
+import importlib, json, sys
+
+sys.modules["common"] = sys.modules["datasets"] = None
+script = importlib.import_module("reward_model")
+import torch
+from transformers import LlamaConfig, LlamaForSequenceClassification
+
+torch.manual_seed(0)
+torch.set_num_threads(1)
+shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0}
+model = LlamaForSequenceClassification(LlamaConfig(vocab_size=20, max_position_embeddings=32, initializer_range=0.3, num_labels=1, **shape))
+lines = [[3, 4, 5, 6, 7], [11, 12, 13, 14, 15, 1], [3, 4, 5, 8, 9, 10], [11, 12, 16]]  # chosen of both rows, then rejected of both
+with torch.no_grad():
+    rewards = [model(torch.tensor([ids])).logits.item() for ids in lines]
+batch = {"input_ids": torch.tensor([ids + [0] * (6 - len(ids)) for ids in lines]), "attention_mask": torch.tensor([[1] * len(ids) + [0] * (6 - len(ids)) for ids in lines])}
+value, metrics = script.compute_loss(model, batch, script.Args())
+value.backward()
+assert all(p.grad.isfinite().all() for p in model.parameters()) and model.score.weight.grad.norm() > 0
+assert abs(metrics["loss"].item() - value.item()) < 1e-6
+print(json.dumps([value.item(), rewards]))
+"""
+
+
 def sigma(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
@@ -269,6 +293,13 @@ def test_the_loss_runs_on_chunks_made_by_hand(alone, script):
     assert loss == pytest.approx(sum(CORPUS[script](args, logp, score) for logp, score in found), abs=1e-4)
     assert nll == pytest.approx(-sum(logp for logp, _ in found), abs=1e-4)
     assert bad == 7
+
+
+def test_the_reward_models_loss_runs_on_a_batch_made_by_hand(alone):
+    done = alone("reward_model", "-c", REWARD_PROGRAM)
+    assert done.returncode == 0, done.stderr
+    value, rewards = json.loads(done.stdout)
+    assert value == pytest.approx(-sum(math.log(sigma(rewards[i] - rewards[2 + i])) for i in range(2)), rel=1e-5)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
