@@ -60,7 +60,7 @@ def of_model(name: str, run, flag: str):
         if isinstance(prompt, str):
             ids = tokenizer(prompt + answer).input_ids
         else:
-            text = tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": answer}], tokenize=False)
+            text = tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": answer.strip()}], tokenize=False)
             ids = tokenizer(text, add_special_tokens=False).input_ids
         ids = [*ids, tokenizer.eos_token_id] if ends and ids[-1:] != [tokenizer.eos_token_id] else ids
         return ids[-limit:]
@@ -79,9 +79,3 @@ def of_model(name: str, run, flag: str):
         return values
 
     return reward
-
-
-def pick(answers: list[list[int]], rewards: torch.Tensor, k: int) -> list[int]:
-    """Indices of the `k` answers with the largest rewards, the best first, the empty ones left out; of equal ones the first."""
-    order = sorted((i for i, ids in enumerate(answers) if ids), key=lambda i: -rewards[i].item())
-    return order[:k]
