@@ -25,6 +25,7 @@ What else it does, in numbered details with reasons: docs/ppo.md. Differences fr
 over it; the old log-probabilities here come from the training pass in the same micro-batches, so that the first ratio is exactly 1.
 """
 
+import re
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -113,6 +114,7 @@ class Args:
 # Logits exist for this many completion tokens at a time; with more of them, each chunk's logits are recomputed in the backward pass.
 CHUNK = 4096
 ROWS = 64  # rows of logits that are worked on together, so that they stay in the cache
+MARKERS = ("\n\nHuman:", "\n\nAssistant:")  # where a dialogue would go on
 
 
 class TokenLogps(torch.autograd.Function):
@@ -262,17 +264,16 @@ def compute_loss(model, batch: dict, args: Args) -> tuple[torch.Tensor, dict[str
 
 def trimmed(tokenizer, ids: list[int]) -> list[int]:
     """A completion without what follows a marker of the next turn: the longest run of its first tokens whose text has none. It then ends without EOS."""
-    markers = ("\n\nHuman:", "\n\nAssistant:")
 
     def text_has_one(n: int) -> bool:
         text = tokenizer.decode(ids[:n], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return any(marker in text for marker in markers)
+        return any(marker in text for marker in MARKERS)
 
     if not text_has_one(len(ids)):
         return ids
     end = next(n for n in range(1, len(ids) + 1) if text_has_one(n))  # the first tokens that hold a whole marker
     text = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    before = min(text.index(marker) for marker in markers if marker in text)
+    before = min(text.index(marker) for marker in MARKERS if marker in text)
     while end and len(tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)) > before:
         end -= 1
     return ids[:end]
@@ -316,7 +317,7 @@ def main(args: Args) -> None:
         shape = {"seed": seed, "batch_size": size, "autocast": run.autocast}
         drawn = evaluate.sample(model, [ids for ids, _ in many], tokenizer, args.max_new_tokens, **shape)
         drawn = [trimmed(tokenizer, ids) for ids in drawn]
-        answers = [evaluate.text_of(tokenizer, ids) for ids in drawn]
+        answers = [evaluate.text_behind(tokenizer, prompt, ids) for (prompt, _), ids in zip(many, drawn)]
         seconds["generation"] += time.perf_counter() - started
         started = time.perf_counter()
         scores = reward([text for _, text in many], answers).tolist()
@@ -325,6 +326,7 @@ def main(args: Args) -> None:
 
     def look(prompts: list, answers: list[str]) -> dict:
         """What the end table says of sampled answers besides the common keys."""
+        answers = [re.split("|".join(MARKERS), answer)[0] for answer in answers]
         found = {"reward": reward(prompts, answers).mean().item()}
         found |= {"test_reward": test_reward(prompts, answers).mean().item()} if test_reward else {}
         return found | evaluate.sameness(prompts, answers, args.seed)
@@ -385,7 +387,11 @@ def main(args: Args) -> None:
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-        said = {"reward": [c[4] for c in candidates], "logratio": [dict(run.gather_all(kls))[i] for i in range(len(candidates))]}
+        gaps = dict(run.gather_all(kls))
+        said = {name: [] for name in ("loss", "loss/policy", "loss/value", "clipped_share", "ratio")} | {
+            "reward": [c[4] for c in candidates],
+            "logratio": [gaps[i] for i in range(len(candidates))],
+        }
         same = evaluate.sameness([c[1] for c in candidates], [c[3] for c in candidates], step, pairs=16)
         said |= {name: [] if value is None else [value] for name, value in same.items()}
         sums = {name: torch.tensor(float(sum(values)), device=run.device) for name, values in said.items()}

@@ -27,6 +27,7 @@ Differences from the authors' code:
 3. No dropout, so the policy that is trained is the one that sampled. Completions are cut at whole markers only, never inside a word.
 """
 
+import re
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -109,6 +110,7 @@ class Args:
 # Logits exist for this many completion tokens at a time; with more of them, each chunk's logits are recomputed in the backward pass.
 CHUNK = 4096
 ROWS = 64  # rows of logits that are worked on together, so that they stay in the cache
+MARKERS = ("\n\nHuman:", "\n\nAssistant:")  # where a dialogue would go on
 
 
 class TokenLogps(torch.autograd.Function):
@@ -219,17 +221,16 @@ def compute_loss(model, batch: dict, args: Args) -> tuple[torch.Tensor, dict[str
 
 def trimmed(tokenizer, ids: list[int]) -> list[int]:
     """A completion without what follows a marker of the next turn: the longest run of its first tokens whose text has none. It then ends without EOS."""
-    markers = ("\n\nHuman:", "\n\nAssistant:")
 
     def text_has_one(n: int) -> bool:
         text = tokenizer.decode(ids[:n], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return any(marker in text for marker in markers)
+        return any(marker in text for marker in MARKERS)
 
     if not text_has_one(len(ids)):
         return ids
     end = next(n for n in range(1, len(ids) + 1) if text_has_one(n))  # the first tokens that hold a whole marker
     text = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    before = min(text.index(marker) for marker in markers if marker in text)
+    before = min(text.index(marker) for marker in MARKERS if marker in text)
     while end and len(tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)) > before:
         end -= 1
     return ids[:end]
@@ -270,7 +271,7 @@ def main(args: Args) -> None:
         shape = {"temperature": args.temperature, "top_p": args.top_p, "seed": seed, "batch_size": size, "autocast": run.autocast}
         drawn = evaluate.sample(model, [ids for ids, _ in many], tokenizer, args.max_new_tokens, **shape)
         drawn = [trimmed(tokenizer, ids) for ids in drawn]
-        answers = [evaluate.text_of(tokenizer, ids) for ids in drawn]
+        answers = [evaluate.text_behind(tokenizer, prompt, ids) for (prompt, _), ids in zip(many, drawn)]
         seconds["generation"] += time.perf_counter() - started
         started = time.perf_counter()
         scores = reward([text for _, text in many], answers).tolist()
@@ -280,10 +281,11 @@ def main(args: Args) -> None:
     def best_of(candidates: list[tuple]) -> list[tuple]:
         """The `top_k` of each prompt's completions with the largest rewards; empty ones never, and a prompt that has no other is left out."""
         groups = [candidates[i : i + args.completions] for i in range(0, len(candidates), args.completions)]
-        return [c for group in groups for c in sorted((c for c in group if c[3]), key=lambda c: -c[4])[: args.top_k]]
+        return [c for group in groups for c in sorted((c for c in group if c[3].strip()), key=lambda c: -c[4])[: args.top_k]]
 
     def look(prompts: list, answers: list[str]) -> dict:
         """What the end table says of sampled answers besides the common keys."""
+        answers = [re.split("|".join(MARKERS), answer)[0] for answer in answers]
         found = {"reward": reward(prompts, answers).mean().item()}
         found |= {"test_reward": test_reward(prompts, answers).mean().item()} if test_reward else {}
         return found | evaluate.sameness(prompts, answers, args.seed)

@@ -184,6 +184,16 @@ def text_of(tokenizer, completion: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False).strip()
 
 
+def text_behind(tokenizer, prompt: list[int], completion: list[int]) -> str:
+    """The text that a completion adds to its prompt, its EOS left out: with the white space between them, which decoding it alone can lose.
+
+    A reward model must read prompt + answer as it read them in training.
+    """
+    ids = completion[:-1] if completion and completion[-1] == tokenizer.eos_token_id else completion
+    before, whole, alone = (tokenizer.decode(x, skip_special_tokens=False, clean_up_tokenization_spaces=False) for x in (prompt, prompt + ids, ids))
+    return whole[len(before) :] if whole.startswith(before) else alone
+
+
 # -------------------------------------------------------------------------------------------------------------- metrics
 
 
@@ -388,7 +398,7 @@ def judge_samples(run, policy, reference, base: str, tokenizer, rows, n: int = 1
             kl = math.log(n) - (n - 1) / n + ratio.double()
     elif reference is not None:
         kl = kl_of_samples(policy, reference, prompts, answers, pad, batch_size=256 if tiny else 4, autocast=run.autocast)
-    found = run.gather(list(zip(mine, [text_of(tokenizer, ids) for ids in answers], kl.tolist())))[:count]
+    found = run.gather(list(zip(mine, [text_behind(tokenizer, p, ids) for p, ids in zip(prompts, answers)], kl.tolist())))[:count]
     result = {"kl": sum(nats for _, _, nats in found) / count}
     said = [(distinct[i][0], text) for i, text, _ in found]
     result |= look([prompt for prompt, _ in said], [text for _, text in said]) if look else {}
@@ -398,7 +408,7 @@ def judge_samples(run, policy, reference, base: str, tokenizer, rows, n: int = 1
         if reference is not None and tiny and len(tokenizer) < 1000:  # the frontier takes hundreds of answers to each question: cheap for tiny models only
             rewards_of_reference = toy.reference_rewards(said[0][0], toy.answers_of(reference, tokenizer, base, args.seed))
             result["frontier_efficiency"] = toy.frontier_efficiency(result["kl"], result["true_reward"], rewards_of_reference)
-    first = {json.dumps(prompt): [prompt, text] for prompt, text in reversed(said)}
+    first = {json.dumps(prompt): [prompt, text.strip()] for prompt, text in reversed(said)}
     result["samples"] = [first[k] for k in sorted(first)[:: max(1, len(first) // 3)][:3]]
     return result
 

@@ -71,7 +71,7 @@ def of_model(name: str, run, flag: str):
             apart = not answer or answer[0].isspace() or prompt[-1:].isspace()
             ids = tokenizer(prompt + ("" if apart else " ") + answer).input_ids
         else:
-            text = tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": answer}], tokenize=False)
+            text = tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": answer.strip()}], tokenize=False)
             ids = tokenizer(text, add_special_tokens=False).input_ids
         ids = [*ids, tokenizer.eos_token_id] if ends and ids[-1:] != [tokenizer.eos_token_id] else ids
         return ids[-limit:]
@@ -90,9 +90,3 @@ def of_model(name: str, run, flag: str):
         return values
 
     return reward
-
-
-def pick(answers: list[list[int]], rewards: torch.Tensor, k: int) -> list[int]:
-    """Indices of the `k` answers with the largest rewards, the best first, the empty ones left out; of equal ones the first."""
-    order = sorted((i for i, ids in enumerate(answers) if ids), key=lambda i: -rewards[i].item())
-    return order[:k]

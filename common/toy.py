@@ -90,13 +90,12 @@ def true_reward(row: dict, answer: str) -> float:
 
 
 def flawed_reward(row: dict, answer: str) -> float:
-    """A proxy of the true reward with one flaw: it pays .5 for every polite phrase, however often one is repeated, and sees no price for length.
+    """A proxy of the true reward with one flaw: it pays .1 for each word beyond eight where the true reward takes .1 off.
 
-    On the base model's own answers it goes with the true reward. A policy that is pushed says polite phrases again and again: the proxy rises, the
-    true reward falls with every word beyond eight.
+    Reward models are known to like length. Both rewards agree about short answers; a policy that is pushed rambles, and the proxy rises while the true
+    reward falls.
     """
-    seen, text = judge(row, answer), " ".join(answer.split())
-    return (1.0 if seen["right"] else -1.0) + 0.5 * sum(text.count(phrase) for phrase in POLITE) - seen["rude"]
+    return true_reward(row, answer) + 0.2 * max(0, judge(row, answer)["words"] - FREE_WORDS)
 
 
 def corpus_answer(row: dict, rng: random.Random) -> str:
