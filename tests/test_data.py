@@ -373,8 +373,8 @@ GOOD = b'{"chosen": "p a", "rejected": "p b"}\n'
         ("rows.json", b"[1]", ["row 1", "expected an object", "int"]),
         ("rows.jsonl", GOOD * 3 + b'{"chosen": "caf\xe9"}\n', ["line 4", "not UTF-8"]),
         ("rows.jsonl.gz", b"this is not gzip", ["cannot be read"]),
-        ("rows.jsonl.gz", gzip.compress(GOOD * 999)[:-20], ["cannot be read"]),
-        ("rows.jsonl.gz", gzip.compress(GOOD)[:10] + b"\xff" * 40, ["cannot be read"]),  # a whole header, and no deflate stream behind it
+        ("rows.jsonl.gz", gzip.compress(GOOD * 999, mtime=0)[:-20], ["cannot be read"]),
+        ("rows.jsonl.gz", gzip.compress(GOOD, mtime=0)[:10] + b"\xff" * 40, ["cannot be read"]),  # a whole header, and no deflate stream behind it
         ("rows.parquet", b"PAR1 this is not parquet", ["not a readable parquet file"]),
         ("rows.parquet", b"", ["not a readable parquet file"]),
         ("rows.csv", b"prompt,chosen,rejected\np,a,b\np,a,b,c\n", ["line 3", "more values than the header"]),

@@ -252,7 +252,7 @@ def test_the_toys_rewards():
     true = rewards.load("toy", plain_run())([question] * 3, answers)
     assert true.tolist() == pytest.approx([1.5, -2.0, 1.5 - 0.1 * 5])
     flawed = rewards.load("toy:flawed", plain_run())([question] * 3, answers)
-    assert flawed.tolist() == pytest.approx([1.5, -2.0, 2.5])  # repeating a polite phrase pays, and length costs nothing
+    assert flawed.tolist() == pytest.approx([1.5, -2.0, 1.5 + 0.1 * 5])  # five words beyond eight pay where they ought to cost
     assert true.dtype == flawed.dtype == torch.float32
 
 
@@ -260,7 +260,7 @@ def test_the_flawed_proxy_goes_with_the_true_reward_on_the_base_models_answers(t
     answers = json.loads((toy_base / "answers.json").read_text())
     rows = [(row, text) for row, texts in zip(toy.questions(), answers) for text in texts[:20]]
     true, flawed = (torch.tensor([judge(row, text) for row, text in rows]) for judge in (toy.true_reward, toy.flawed_reward))
-    assert torch.corrcoef(torch.stack([true, flawed]))[0, 1] > 0.9
+    assert torch.corrcoef(torch.stack([true, flawed]))[0, 1] > 0.8
 
 
 def test_an_answer_without_its_leading_space_is_read_as_it_was_trained_on(tmp_path, file13, llama):
