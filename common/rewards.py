@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from common import runtime, toy
+from common import data, runtime, toy
 from common.data import InputError
 
 
@@ -43,7 +43,7 @@ def of_model(name: str, run, flag: str):
     """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    if name.startswith("toy"):
+    if name.startswith("toy:"):
         raise InputError(f"{flag} {name}: expected toy, toy:flawed, a folder, or a hub id.")
     folder = runtime.resolve_model(name, flag=flag)
     try:
@@ -63,17 +63,24 @@ def of_model(name: str, run, flag: str):
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(runtime.choose_pad_id(tokenizer))
     tokenizer.padding_side, tokenizer.truncation_side = "right", "left"
     model.config.pad_token_id = tokenizer.pad_token_id
-    ends = (Path(folder) / "args.json").is_file() and tokenizer.eos_token_id is not None  # a run of ours: rewards are read at the EOS
+    ours = (Path(folder) / "args.json").is_file() and tokenizer.eos_token_id is not None  # a run of a script here: rewards are read at the EOS
     limit = min(runtime.context_length(model), tokenizer.model_max_length)
 
     def tokens(prompt, answer: str) -> list[int]:
-        if isinstance(prompt, str):
-            apart = not answer or answer[0].isspace() or prompt[-1:].isspace()
-            ids = tokenizer(prompt + ("" if apart else " ") + answer).input_ids
+        is_text = isinstance(prompt, str)
+        apart = not answer or answer[0].isspace() or (is_text and prompt[-1:].isspace())
+        answer = ("" if apart else " ") + answer if is_text else [{"role": "assistant", "content": answer.strip()}]
+        if ours:
+            example, reason, _ = data.encode(tokenizer, prompt, [answer], 1 << 30)  # as in training, EOS included
+            if reason:
+                raise InputError(f"{flag} {name}: {reason}.")
+            ids = example["prompt"] + example["completions"][0]
+        elif is_text:
+            ids = tokenizer(prompt + answer).input_ids
+        elif tokenizer.chat_template is None:
+            raise InputError(f"{flag} {name}: chat messages, but the tokenizer has no chat template.")
         else:
-            text = tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": answer.strip()}], tokenize=False)
-            ids = tokenizer(text, add_special_tokens=False).input_ids
-        ids = [*ids, tokenizer.eos_token_id] if ends and ids[-1:] != [tokenizer.eos_token_id] else ids
+            ids = tokenizer(tokenizer.apply_chat_template([*prompt, *answer], tokenize=False), add_special_tokens=False).input_ids
         return ids[-limit:]
 
     @torch.no_grad()

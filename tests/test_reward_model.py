@@ -275,6 +275,29 @@ def test_an_answer_without_its_leading_space_is_read_as_it_was_trained_on(tmp_pa
     assert reward(prompts, [""] * 6).isfinite().all()
 
 
+def test_chat_messages_are_scored_as_they_were_trained_on(tmp_path, llama):
+    """This template puts a newline behind the end of turn: another EOS behind that would be a text that training never saw."""
+    from tests.test_data import CHAT
+
+    tokenizer = models.byte_tokenizer(bos=True, chat_template=CHAT)
+    folder = models.save(models.tiny_llama(len(tokenizer)), tokenizer, tmp_path / "base")
+    says = [
+        {"prompt": [{"role": "user", "content": w}], "chosen": [{"role": "assistant", "content": f"{w}!"}], "rejected": [{"role": "assistant", "content": "?"}]}
+        for w in "abcdef"
+    ]
+    file = tmp_path / "chat.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in says))
+    run = train("reward_model", tmp_path / "run", model=str(folder), data=str(file), epochs=4)
+    examples = data.encode_rows(tokenizer, [(r["prompt"], r["chosen"], r["rejected"]) for r in says], 64)
+    expected = torch.cat([scores_of(run, [e["prompt"] + e["completions"][0]], 0) for e in examples])
+    got = rewards.load(str(run), plain_run())([r["prompt"] for r in says], [r["chosen"][0]["content"] for r in says])
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    assert got.std() > 1e-3
+    plain = rewards.load(str(train("reward_model", tmp_path / "plain", model=llama, data=write_pairs(tmp_path / "pairs.jsonl", 8), max_steps=1)), plain_run())
+    with pytest.raises(InputError, match="no chat template"):
+        plain([says[0]["prompt"]], ["x"])
+
+
 def test_a_run_of_dph_is_a_reward(tmp_path, file13, llama):
     run = train("dph", tmp_path / "run", model=llama, data=file13, epochs=2, kl_samples=0)
     rows, tokenizer = pairs(6), runtime.load_tokenizer(str(run))
