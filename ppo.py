@@ -223,6 +223,11 @@ def token_rewards(rewards: torch.Tensor, logps: torch.Tensor, ref_logps: torch.T
     return found.index_add(0, completion_tokens.cumsum(0) - 1, rewards.to(found.dtype))
 
 
+def deviation_of(values: torch.Tensor) -> float:
+    """Standard deviation of values [tokens], never 0."""
+    return (((values - values.mean()) ** 2).mean() + 1e-8).sqrt().item()
+
+
 def rows_of(flat: torch.Tensor, completion_tokens: torch.Tensor) -> torch.Tensor:
     """[tokens], the completions one after another, as [batch, longest], padded with 0 on the right."""
     return torch.nn.utils.rnn.pad_sequence(list(flat.split(completion_tokens.tolist())), batch_first=True)
@@ -365,14 +370,14 @@ def main(args: Args) -> None:
             gaps = torch.zeros_like(scores).index_add(0, batch["sequence"], (batch["old_logps"] - ref_logps).float())
             kls += list(zip(rows, gaps.tolist()))
         rewards_now = run.gathered([batch["rewards"] for batch, (_, real) in zip(batches, micro) if real])
-        scale = 1.0 / (rewards_now.var(correction=0) + 1e-8).sqrt().item()  # whitened: divided by their deviation, the mean kept
+        scale = 1.0 / deviation_of(rewards_now)  # whitened: divided by their deviation, the mean kept
         for batch in batches:
             lengths = batch["completion_tokens"]
             mask = rows_of(torch.ones_like(batch["rewards"]), lengths)
             advantages, returns = gae(rows_of(scale * batch["rewards"], lengths), rows_of(batch["old_values"], lengths), mask, args.gamma, args.gae_lambda)
             batch["advantages"], batch["returns"] = advantages[mask.bool()], returns[mask.bool()]
         all_advantages = run.gathered([batch["advantages"] for batch, (_, real) in zip(batches, micro) if real])
-        mean, deviation = all_advantages.mean().item(), (all_advantages.var(correction=0) + 1e-8).sqrt().item()
+        mean, deviation = all_advantages.mean().item(), deviation_of(all_advantages)
         for batch in batches:
             batch["advantages"] = (batch["advantages"] - mean) / deviation
 

@@ -119,3 +119,15 @@ def gpt2_like(folder: Path, **changes) -> str:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end, unk_token=end, clean_up_tokenization_spaces=False)
     ends = {"bos_token_id": len(words) - 1, "eos_token_id": len(words) - 1, "pad_token_id": None}
     return str(models.save(models.tiny_gpt2(len(words), **ends, **changes), fast, folder))
+
+
+def canned_sample(model, prompts: list[list[int]], tokenizer, max_new_tokens: int, **shape) -> list[list[int]]:
+    """Stands for evaluate.sample: completions that depend on the prompt, and on how often it came before in this call, and on nothing else."""
+    seen: dict[tuple, int] = {}
+    drawn = []
+    for prompt in prompts:
+        seen[tuple(prompt)] = seen.get(tuple(prompt), -1) + 1
+        rng = random.Random(json.dumps([prompt, seen[tuple(prompt)]]))
+        ids = [rng.randrange(4, len(tokenizer)) for _ in range(rng.randrange(1, max_new_tokens + 1))]
+        drawn.append(ids + [tokenizer.eos_token_id] * (len(ids) < max_new_tokens))
+    return drawn

@@ -1,0 +1,410 @@
+"""superhf.py, and what it shares with ppo.py: prompts, sampling inside a run, resume, several processes."""
+
+import json
+import math
+
+import pytest
+import safetensors.torch
+import torch
+
+import superhf
+from common import data, evaluate, rewards, runtime, toy
+from common.data import InputError
+from tests import models
+from tests.runs import ROOT, SHORT, canned_sample, lines_of, model_of, pairs, recorded, resume, start_process, train, write_pairs
+
+both_scripts = pytest.mark.parametrize("script", ["superhf", "ppo"])
+QUICK = {"max_new_tokens": 5, "completions": 3, "eval_every": 1000, "epochs": 1.0}
+
+
+@pytest.fixture(scope="module")
+def file11(tmp_path_factory) -> str:
+    return write_pairs(tmp_path_factory.mktemp("prompts") / "pairs.jsonl", 11)
+
+
+@pytest.fixture
+def llama(tiny_llama) -> str:
+    return str(tiny_llama)
+
+
+@pytest.fixture(params=["tiny_gpt2", "tiny_llama"])
+def folder(request) -> str:
+    return str(request.getfixturevalue(request.param))
+
+
+def random_case(seed: int = 0):
+    """Logits of policy and reference, labels and a mask with holes at both ends, float64: [3, 6, 7]."""
+    generator = torch.Generator().manual_seed(seed)
+    policy, ref = (torch.randn(3, 6, 7, generator=generator, dtype=torch.float64) for _ in range(2))
+    labels = torch.randint(7, (3, 6), generator=generator)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 0], [0, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 1]])
+    return policy.requires_grad_(), ref, labels, mask
+
+
+# ---------------------------------------------------------------------------------------------------------------- loss
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.35, 3.0])
+def test_loss_and_its_gradient_in_closed_form(kl):
+    policy, ref, labels, mask = random_case()
+    loss, metrics = superhf.superhf_loss(policy, ref, labels, mask, kl)
+    (gradient,) = torch.autograd.grad(loss, policy)
+    ce, forward_kl, expected = 0.0, 0.0, torch.zeros_like(policy)
+    for b in range(3):
+        for t in range(1, 6):
+            if mask[b, t]:
+                pi, q, y = policy[b, t - 1].detach().softmax(-1), ref[b, t - 1].softmax(-1), labels[b, t]
+                ce -= pi[y].log() / 8
+                forward_kl += sum(q[v] * (q[v] / pi[v]).log() for v in range(7)) / 8
+                expected[b, t - 1] = (pi - torch.nn.functional.one_hot(y, 7) + kl * (pi - q)) / 8
+    torch.testing.assert_close(loss.detach(), ce + kl * forward_kl)
+    torch.testing.assert_close((metrics["ce"], metrics["kl"]), (ce, forward_kl))
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_the_kl_is_that_of_the_reference_to_the_policy():
+    """ref = (.9, .1), pi = (.5, .5): KL(ref || pi) = .368, KL(pi || ref) = .511."""
+    policy, ref = torch.zeros(1, 2, 2, dtype=torch.float64), torch.tensor([0.9, 0.1], dtype=torch.float64).log().expand(1, 2, 2)
+    _, metrics = superhf.superhf_loss(policy, ref, torch.zeros(1, 2, dtype=torch.int64), torch.tensor([[0, 1]]), 1.0)
+    assert metrics["kl"].item() == pytest.approx(0.9 * math.log(1.8) + 0.1 * math.log(0.2), abs=1e-12)
+
+
+def test_the_mask_stands_at_the_token_that_is_predicted():
+    """The logits at t are read for the token at t + 1 exactly where the mask of t + 1 is 1."""
+    policy, ref, labels, mask = random_case()
+    (gradient,) = torch.autograd.grad(superhf.superhf_loss(policy, ref, labels, mask, 1.0)[0], policy)
+    assert torch.equal(gradient.abs().sum(-1)[:, :-1] > 0, mask[:, 1:].bool())
+    assert not gradient[:, -1].any()
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    policy, ref, labels, mask = random_case()
+    for bad in (
+        (policy, ref[:, 1:], labels, mask),
+        (policy, ref, labels[:, 1:], mask),
+        (policy, ref, labels, mask[:1]),
+        (policy[0], ref[0], labels[0], mask[0]),
+    ):
+        with pytest.raises(ValueError, match="expected two logits"):
+            superhf.superhf_loss(*bad, 1.0)
+    with pytest.raises(ValueError, match="no completion token"):
+        superhf.superhf_loss(policy, ref, labels, mask * 0, 1.0)
+
+
+ROWS = [([5, 6, 7], [8, 9, 2]), ([10], [11, 12, 13, 14]), ([4, 5], [2])]
+
+
+@pytest.mark.parametrize("layout", ["rows", "model_head"])
+@pytest.mark.parametrize("chunk", [2, 4096])
+@pytest.mark.parametrize("kind", ["tiny_gpt2", "tiny_llama"])
+def test_the_training_step_is_superhf_loss(layout, chunk, kind, monkeypatch):
+    """Gathered positions in chunks, logits recomputed, against full logits: loss, parts and every parameter's gradient, in float64."""
+    monkeypatch.setattr(superhf, "CHUNK", chunk)
+    policy, reference = (getattr(models, kind)(20, seed).double() for seed in (0, 1))
+    batch = data.collate([{"prompt": p, "completions": [c]} for p, c in ROWS], 0, layout, "cpu")
+    with torch.no_grad():
+        batch["ref_logits"] = superhf.completion_logits(reference, batch)
+    loss, metrics = superhf.compute_loss(policy, batch, superhf.Args(kl=0.7))
+    assert metrics["count loss"] == 8
+    got = torch.autograd.grad(loss / 8, list(policy.parameters()))
+
+    ids, mask = torch.zeros(3, 6, dtype=torch.int64), torch.zeros(3, 6, dtype=torch.int64)
+    seen = torch.zeros(3, 6, dtype=torch.int64)
+    for i, (p, c) in enumerate(ROWS):
+        ids[i, : len(p) + len(c)] = torch.tensor(p + c)
+        mask[i, len(p) : len(p) + len(c)] = 1
+        seen[i, : len(p) + len(c)] = 1
+    logits = [model(ids, attention_mask=seen, use_cache=False).logits for model in (policy, reference)]
+    expected, parts = superhf.superhf_loss(logits[0], logits[1].detach(), ids, mask, 0.7)
+    torch.testing.assert_close(loss / 8, expected)
+    torch.testing.assert_close((metrics["ce"] / 8, metrics["kl"] / 8), (parts["ce"], parts["kl"]))
+    for a, b in zip(got, torch.autograd.grad(expected, list(policy.parameters()))):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+# ------------------------------------------------------------------------------------------------------------ sampling
+
+
+def test_log_probabilities_of_generation_are_those_of_training(folder):
+    """Raw logits of every sampled token, from generation with a KV cache and left padding, against the training pass, padded on the right."""
+    model, tokenizer = model_of(folder), runtime.load_tokenizer(folder)
+    prompts = [[1, 20, 21, 22, 23, 24], [1, 30], [1, 40, 41]]
+    ids = torch.tensor([[0] * (6 - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (6 - len(p)) + [1] * len(p) for p in prompts])
+    torch.manual_seed(0)
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=8,
+        eos_token_id=2,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    logits = torch.stack(out.logits, 1).log_softmax(-1)  # [3, 8, vocabulary]
+    rows, expected = [], []
+    for i, new in enumerate(out.sequences[:, 6:].tolist()):
+        new = new[: new.index(2) + 1] if 2 in new else new
+        rows.append({"prompt": prompts[i], "completions": [new]})
+        expected.append(sum(logits[i, t, token].item() for t, token in enumerate(new)))
+    got = superhf.completion_logps(model, data.collate(rows, tokenizer.pad_token_id, "rows", "cpu"))
+    assert got.tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_left_padding_changes_nothing(folder):
+    """Nearly greedy answers to prompts of different length, together and one by one."""
+    model, tokenizer = model_of(folder), runtime.load_tokenizer(folder)
+    prompts = [[1, 20, 21, 22, 23, 24], [1, 30], [1, 40, 41]]
+    shape = {"temperature": 1e-4, "top_p": 0.95, "seed": 0}
+    together = evaluate.sample(model, prompts, tokenizer, 8, **shape)
+    assert together == [evaluate.sample(model, [p], tokenizer, 8, **shape)[0] for p in prompts]
+
+
+@both_scripts
+def test_sampling_is_asked_for_in_full(script, tmp_path, file11, llama, monkeypatch):
+    """Distribution, seeds of each step and the model's mode; in training the prompt of each of the step's rows, `completions` times."""
+    calls = []
+
+    def sample(model, prompts, tokenizer, max_new_tokens, **shape):
+        calls.append({**shape, "prompts": prompts, "max_new_tokens": max_new_tokens})
+        return canned_sample(model, prompts, tokenizer, max_new_tokens)
+
+    monkeypatch.setattr(evaluate, "sample", sample)
+    given = {"temperature": 0.8, "top_p": 0.7} if script == "superhf" else {}
+    train(script, tmp_path / "run", model=llama, data=file11, batch_size=4, max_steps=3, seed=3, **{**QUICK, **given})
+    assert len({call["seed"] for call in calls}) == len(calls) == 3
+    for call in calls:
+        assert (call.get("temperature", 1.0), call.get("top_p", 1.0)) == ((0.8, 0.7) if given else (1.0, 1.0))
+        assert call["max_new_tokens"] == 5
+        assert [call["prompts"].count(p) for p in call["prompts"]] == [3] * len(call["prompts"])
+    assert len({json.dumps(p) for call in calls for p in call["prompts"]}) == 11
+
+
+def test_only_the_best_are_trained_on_with_exactly_their_tokens(tmp_path, file11, llama, monkeypatch):
+    """The gradient of a run's step is that of superhf_loss over the top 2 of 4 by the reward, empty ones left out, EOS where one was sampled."""
+    sampled = []
+
+    def sample(model, prompts, tokenizer, max_new_tokens, **shape):
+        drawn = canned_sample(model, prompts, tokenizer, max_new_tokens)
+        drawn[0] = drawn[5] = [tokenizer.eos_token_id]  # empty, and to be the best by the reward below
+        sampled.extend(zip(prompts, drawn))
+        return drawn
+
+    def reward(prompts, answers):
+        return torch.tensor([-float(len(answer)) for answer in answers])
+
+    monkeypatch.setattr(evaluate, "sample", sample)
+    monkeypatch.setattr(rewards, "load", lambda *rest: reward)
+    given = {"model": llama, "data": file11, "batch_size": 4, "max_steps": 1, "kl": 0.5, "completions": 4, "top_k": 2, "max_new_tokens": 5}
+    _, ((gradient), *_) = recorded("superhf", tmp_path / "run", **given, micro_batch_size=3)
+    tokenizer, model, kept = runtime.load_tokenizer(llama), model_of(llama), []
+    for i in range(0, 16, 4):
+        group = [(p, c) for p, c in sampled[i : i + 4] if c != [2]]
+        kept += sorted(group, key=lambda pair: len(evaluate.text_behind(tokenizer, *pair)))[:2]
+    batch = data.collate([{"prompt": p, "completions": [c]} for p, c in kept], 0, "rows", "cpu")
+    logits = superhf.completion_logits(model, batch)
+    loss = superhf.token_terms(logits, logits.detach(), batch["targets"]).mean(0) @ torch.tensor([1.0, 0.5])
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradient[name], parameter.grad, rtol=1e-4, atol=1e-6)
+    (line,) = lines_of(tmp_path / "run")
+    texts = [evaluate.text_behind(tokenizer, *pair) for pair in sampled]
+    assert line["reward/sampled"] == pytest.approx(-sum(map(len, texts)) / 16)
+    assert line["reward/kept"] == pytest.approx(-sum(len(evaluate.text_behind(tokenizer, *pair)) for pair in kept) / 8)
+    assert line["kl"] == pytest.approx(0, abs=1e-6)
+    assert line["loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+@both_scripts
+def test_a_step_without_any_completion_moves_nothing(script, tmp_path, file11, llama, monkeypatch):
+    monkeypatch.setattr(__import__(script), "trimmed", lambda tokenizer, ids: [])
+    folder = train(script, tmp_path / "run", model=llama, data=file11, max_steps=2, **QUICK)
+    assert [line["loss"] for line in lines_of(folder)] == [None, None]
+    a, b = (safetensors.torch.load_file(f"{path}/model.safetensors") for path in (folder, llama))
+    assert all(torch.equal(a[name], b[name]) for name in b)
+
+
+@both_scripts
+def test_completions_end_where_the_dialogue_would_go_on(script):
+    trimmed = __import__(script).trimmed
+    tokenizer = models.byte_tokenizer()
+
+    def cut(text: str, ended: bool = True) -> tuple[str, bool]:
+        ids = tokenizer(text).input_ids + [tokenizer.eos_token_id] * ended
+        kept = trimmed(tokenizer, ids)
+        assert kept == ids[: len(kept)]  # the very tokens
+        return evaluate.text_of(tokenizer, kept) if kept else "", kept[-1:] == [tokenizer.eos_token_id]
+
+    assert cut(" Yes.\n\nHuman: and then?") == ("Yes.", False)
+    assert cut(" Yes.\n\nAssistant: No.\n\nHuman: why?") == ("Yes.", False)
+    assert cut(" Yes.") == ("Yes.", True)
+    assert cut(" Yes.", ended=False) == ("Yes.", False)
+    assert cut("\n\nHuman: hello") == ("", False)
+    assert cut(" Humane.\n\nHumane: it is", ended=False) == ("Humane.\n\nHumane: it is", False)
+
+
+def test_what_a_reward_model_reads_is_what_stands_behind_the_prompt(toy_tokenizer):
+    """A word-level or sentence-piece tokenizer loses the space in front of a completion that is decoded alone."""
+    prompt, answer = "what is one plus one ?", " it is two ."
+    ids = toy_tokenizer(prompt).input_ids
+    completion = toy_tokenizer(prompt + answer).input_ids[len(ids) :]
+    assert evaluate.text_behind(toy_tokenizer, ids, completion) == answer
+    assert evaluate.text_behind(toy_tokenizer, ids, [*completion, toy_tokenizer.eos_token_id]) == answer
+    tokenizer = models.byte_tokenizer()
+    assert evaluate.text_behind(tokenizer, tokenizer("Is it?").input_ids, tokenizer("\n Yes").input_ids) == "\n Yes"
+    assert evaluate.text_behind(tokenizer, [5], []) == ""
+
+
+# -------------------------------------------------------------------------------------------------------------- prompts
+
+
+def prompts_of(path, llama, **changes):
+    args = superhf.Args(**{"data": str(path), "holdout": 0.0, "max_new_tokens": 4, **changes})
+    said = []
+    splits, _ = data.load_prompts(args, runtime.load_tokenizer(llama), 40, said.append)
+    return splits, " ".join(said)
+
+
+def test_prompts_come_from_prompts_pairs_and_dialogues(tmp_path, llama):
+    rows = pairs(5)
+    alone = tmp_path / "alone.jsonl"
+    alone.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in [*rows, rows[0]]) + '{"prompt": 3}\n{"prompt": " "}\n')
+    splits, said = prompts_of(alone, llama)
+    assert [texts[0] for texts in splits["train"].texts] == [row["prompt"] for row in rows]
+    assert "8 rows read, 5 used" in said
+    for reason in ("the prompt comes again", "the prompt is empty", "neither text nor chat"):
+        assert reason in said
+    tokenizer = runtime.load_tokenizer(llama)
+    assert splits["train"][0] == {"prompt": tokenizer(rows[0]["prompt"]).input_ids, "completions": []}
+    both = tmp_path / "pairs.jsonl"
+    both.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert prompts_of(both, llama)[0]["train"].texts == splits["train"].texts
+    dialogue = tmp_path / "dialogue.jsonl"
+    turn = "\n\nHuman: what is one ?\n\nAssistant: it is one .\n\nHuman: two ?\n\nAssistant:"
+    dialogue.write_text(json.dumps({"chosen": turn + " it is two .", "rejected": turn + " no ."}) + "\n")
+    assert prompts_of(dialogue, llama)[0]["train"].texts == [(turn,)]
+
+
+def test_prompts_that_cannot_be_used(tmp_path, llama):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "what ?"}\n')
+    with pytest.raises(InputError, match='line 1: no field "prompt"'):
+        prompts_of(path, llama)
+    path.write_text(json.dumps({"prompt": "what is " * 30}) + "\n")
+    with pytest.raises(InputError, match="no usable row"):
+        prompts_of(path, llama)
+    tokenizer = runtime.load_tokenizer(llama)
+    prompt = "one two three four"  # 5 tokens with BOS, so a limit of 9 leaves room for 4 and one of 8 does not
+    path.write_text(json.dumps({"prompt": prompt}) + "\n")
+    args = superhf.Args(data=str(path), holdout=0.0, max_new_tokens=3)
+    assert len(data.load_prompts(args, tokenizer, 9, print)[0]["train"]) == 1
+    with pytest.raises(InputError, match="fills max_length"):
+        data.load_prompts(args, tokenizer, 8, print)
+
+
+def test_prompts_of_the_toy_are_its_questions():
+    splits = toy.prompts()
+    assert len(splits["train"]) == 80
+    assert len(splits["unseen"]) == 20
+    assert not set(splits["train"]) & set(splits["unseen"])
+
+
+def test_the_flawed_reward_differs_in_the_price_of_length_alone():
+    row = toy.questions()[0]
+    short = f"it is {row['right']} ."
+    assert toy.flawed_reward(row, short) == toy.true_reward(row, short) == 1.0
+    long = "well , let me think about that for a while : " + short  # 15 words
+    assert toy.true_reward(row, long) == pytest.approx(1 - 0.7)
+    assert toy.flawed_reward(row, long) == pytest.approx(1 + 0.7)
+
+
+# ---------------------------------------------------------------------------------------------------------------- runs
+
+
+@both_scripts
+@pytest.mark.parametrize("changes", [{"reward": "toy:bad"}, {"test_reward": "no/such folder"}, {"kl": -1.0}, {"completions": 0}, {"max_new_tokens": 1000}])
+def test_bad_arguments_stop_the_run_in_one_sentence(script, changes, tmp_path, file11, llama):
+    with pytest.raises(SystemExit) as stopped:
+        train(script, tmp_path / "run", model=llama, data=file11, **{**QUICK, **changes})
+    assert isinstance(stopped.value.code, str)
+    assert not (tmp_path / "run").exists()
+
+
+@both_scripts
+def test_a_killed_run_resumes_bit_for_bit_its_sampling_included(script, tmp_path, file11, llama, monkeypatch):
+    given = {
+        "model": llama,
+        "data": file11,
+        "batch_size": 4,
+        "epochs": 2,
+        "save_every": 2,
+        "eval_every": 2,
+        "kl_samples": 4,
+        "holdout": 0.2,
+        "test_reward": "toy",
+    }
+    given = {**QUICK, **given}
+    whole = train(script, tmp_path / "whole", **given)
+    written = runtime.Run.write
+
+    def stop(self, split, numbers):
+        written(self, split, numbers)
+        if self.step == 3 and split == "train":
+            raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime.Run, "write", stop)
+        with pytest.raises(RuntimeError, match="killed"):
+            train(script, tmp_path / "part", **given)
+    assert [path.name for path in (tmp_path / "part" / "checkpoints").iterdir()] == ["step-00000002"]
+    part = resume(script, tmp_path / "part")
+    assert (part / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert (part / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+    a, b = (json.loads((run / "summary.json").read_text()) for run in (part, whole))
+    assert (a["before"], a["after"]) == (b["before"], b["after"])
+    assert {"reward", "test_reward", "length", "duplicate_share", "short_share", "meteor_similarity", "kl"} <= set(lines_of(whole, "held_out")[0])
+
+
+@both_scripts
+@pytest.mark.slow
+def test_two_processes_train_like_one(script, tmp_path, file11, llama, monkeypatch):
+    """The prompts are split over the processes, which choose among the same completions; 4, 4 and 3 prompts a step."""
+    setup = {**QUICK, "model": llama, "data": file11, "batch_size": 4, "micro_batch_size": 2, "lr": 1e-3, "save_every": 2}
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "sample", canned_sample)
+        one = train(script, tmp_path / "one", **setup)
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport {script}, tyro\nfrom common import evaluate\nfrom tests.runs import canned_sample\n"
+        f"evaluate.sample = canned_sample\n{script}.main(tyro.cli({script}.Args))\n"
+    )
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in {**SHORT, **setup, "name": "two", "output_dir": str(tmp_path)}.items()]
+    process = start_process(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program), *words])
+    assert process.returncode == 0, process.stderr[-3000:]
+    a, b = (safetensors.torch.load_file(tmp_path / run / "model.safetensors") for run in ("one", "two"))
+    assert a.keys() == b.keys()
+    steps = 3 * (4 if script == "ppo" else 1)
+    for name in a:
+        torch.testing.assert_close(b[name], a[name], rtol=0, atol=0.1 * 1e-3 * steps, msg=lambda words, name=name: f"{name}: {words}")
+    for x, y in zip(lines_of(one), lines_of(tmp_path / "two"), strict=True):
+        x, y = ({k: v for k, v in line.items() if k != "split" and v is not None} for line in (x, y))
+        assert x == pytest.approx(y, rel=2e-3, abs=2e-3)
+
+
+@both_scripts
+def test_the_end_table_and_summary_of_the_toy(script, tmp_path, toy_base, capsys):
+    folder = train(script, tmp_path / "run", model="toy", kl_samples=8, max_steps=2, completions=2, reward="toy:flawed", test_reward="toy")
+    summary = json.loads((folder / "summary.json").read_text(), parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    keys = {"reward", "test_reward", "meteor_similarity", "duplicate_share", "short_share", "length", "kl", "true_reward", "right_share", "rude_share"}
+    for column in ("before", "after", "before_unseen", "after_unseen"):
+        assert keys <= set(summary[column])
+        assert summary[column]["test_reward"] <= summary[column]["reward"]  # they differ in the price of length alone
+    assert summary["before"]["kl"] == 0
+    assert set(summary["time_shares"]) == {"generation", "scoring", "training"}
+    assert sum(summary["time_shares"].values()) == pytest.approx(1)
+    said = capsys.readouterr().out
+    assert "Time: generation" in said
+    assert "METEOR: " in said
+    assert model_of(folder) is not None  # a causal LM, also with a value head beside it
