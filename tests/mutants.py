@@ -1,4 +1,4 @@
-"""Tests of the tests: `python -m tests.mutants [--jobs 2] [--only NAME]` applies faults one at a time and sees whether the tests notice.
+"""Tests of the tests: `python -m tests.mutants [--jobs 2] [--only NAME] [--part 1 --of 3]` applies faults one at a time and sees whether the tests notice.
 
 Each fault is made in a copy of the tree, in every file named for it, and only the test that must catch it is run there. It counts as caught
 only if, for every script that carries the fault, an assertion of that test fails (or an exception that it waits for does not come): a crash,
@@ -969,8 +969,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--jobs", type=int, default=2, help="mutants at a time")
     parser.add_argument("--only", nargs="+", default=[""], help="mutants whose name holds one of these")
+    parser.add_argument("--part", type=int, default=0, help="with --of N: every Nth mutant, counted from this one (taken modulo N)")
+    parser.add_argument("--of", type=int, default=1, help="see --part")
     options = parser.parse_args()
-    table = [mutant for mutant in TABLE if any(words in mutant.name for words in options.only)]
+    table = [mutant for mutant in TABLE[options.part % options.of :: options.of] if any(words in mutant.name for words in options.only)]
     if not table or len({mutant.name for mutant in TABLE}) < len(TABLE):
         sys.exit("No mutant has that name." if not table else "Two mutants have the same name.")
     started = time.perf_counter()
