@@ -899,7 +899,73 @@ REWARDS = [
         REWARD + "test_calibration_by_hand",
     ),
 ]
-TABLE = FOUNDATION + METHODS + DESIDERATA + ONE_ANSWER + PRETRAINING + SCORING + REWARDS
+SUPERHF, PPO = "test_superhf.py::", "test_ppo.py::"
+CHOICE = SUPERHF + "test_only_the_best_are_trained_on_with_exactly_their_tokens"
+SECOND_ROAD = PPO + "test_advantages_of_a_run_by_a_second_road"
+SAMPLED = [
+    Mutant(
+        "superhf: the KL turned round",
+        ("superhf.py",),
+        "(ref.exp() * (ref - policy)).sum(-1)",
+        "(policy.exp() * (policy - ref)).sum(-1)",
+        SUPERHF + "test_the_kl_is_that_of_the_reference_to_the_policy",
+    ),
+    Mutant("superhf: kl not applied", ("superhf.py",), "loss = ce + args.kl * kl", "loss = ce + kl", SUPERHF + "test_the_training_step_is_superhf_loss"),
+    Mutant(
+        "superhf: mask not shifted",
+        ("superhf.py",),
+        "mask = completion_mask[:, 1:].bool()",
+        "mask = completion_mask[:, :-1].bool()",
+        SUPERHF + "test_the_mask_stands_at_the_token_that_is_predicted",
+    ),
+    Mutant("superhf: the worst are kept", ("superhf.py",), "key=lambda c: -c[4])", "key=lambda c: c[4])", CHOICE),
+    Mutant("superhf: an empty one may be the best", ("superhf.py",), " if c[3].strip())", ")", CHOICE),
+    Mutant(
+        "the same random numbers at every step", ("superhf.py", "ppo.py"), "1009 * step + run.rank", "run.rank", SUPERHF + "test_sampling_is_asked_for_in_full"
+    ),
+    Mutant(
+        "cut inside the marker's words",
+        ("superhf.py", "ppo.py"),
+        'MARKERS = ("\\n\\nHuman:", "\\n\\nAssistant:")',
+        'MARKERS = ("\\n\\nHuman", "\\n\\nAssistant")',
+        SUPERHF + "test_completions_end_where_the_dialogue_would_go_on",
+    ),
+    Mutant(
+        "answers lose the space in front",
+        (EVALUATE,),
+        "return whole[len(before) :] if whole.startswith(before) else alone",
+        "return alone",
+        SUPERHF + "test_what_a_reward_model_reads_is_what_stands_behind_the_prompt",
+    ),
+    Mutant(
+        "ppo: the value of the next token forgotten",
+        ("ppo.py",),
+        "gamma * value_after - values[:, t]",
+        "-values[:, t]",
+        PPO + "test_advantages_are_the_written_out_sum",
+    ),
+    Mutant(
+        "ppo: the hopeful side of the clip", ("ppo.py",), "policy = torch.maximum(", "policy = torch.minimum(", PPO + "test_losses_and_gradients_in_closed_form"
+    ),
+    Mutant(
+        "ppo: the reward at the first token",
+        ("ppo.py",),
+        "completion_tokens.cumsum(0) - 1, rewards",
+        "completion_tokens.cumsum(0) - completion_tokens, rewards",
+        PPO + "test_rewards_of_tokens",
+    ),
+    Mutant("ppo: penalty to the policy itself", ("ppo.py",), "ref_logps, _ = ref_both(batch)", "ref_logps, _ = both(batch)", SECOND_ROAD),
+    Mutant("ppo: rewards not whitened", ("ppo.py",), "scale = 1.0 / deviation_of(rewards_now)", "scale = 1.0", SECOND_ROAD),
+    Mutant(
+        "ppo: a mean over completions",
+        ("ppo.py",),
+        "(loss * real * run.world_size / tokens).backward()",
+        "(loss * real / batch['completion_tokens'].sum()).backward()",
+        PPO + "test_every_token_weighs_the_same_however_a_step_is_cut",
+    ),
+]
+
+TABLE = FOUNDATION + METHODS + DESIDERATA + ONE_ANSWER + PRETRAINING + SCORING + REWARDS + SAMPLED
 
 
 # ------------------------------------------------------------------------------------------------------------- the work

@@ -201,6 +201,29 @@ print(json.dumps([value.item(), rewards]))
 """
 
 
+SAMPLED_PROGRAM = (
+    ONE_ANSWER_PROGRAM.split("ref, labels = ")[0]
+    + """
+tables = [model(torch.tensor([p + a])).logits[0, len(p) - 1 : len(p) + len(a) - 1].log_softmax(-1).detach() for p, a in rows]
+if hasattr(script, "add_value_head"):
+    model = script.add_value_head(model, {})
+    old = torch.cat([t.gather(-1, torch.tensor(a)[:, None])[:, 0] for t, (_, a) in zip(tables, rows)])
+    advantages, returns = torch.arange(7.0), torch.ones(7) * 3
+    batch |= {"old_logps": old, "old_values": torch.zeros(7), "advantages": advantages, "returns": returns}
+    expected = -21.0 + script.Args().vf_coef * 0.5 * 9 * 7
+else:
+    batch["ref_logits"] = torch.zeros(7, 20)  # uniform
+    kl = sum((0.05 * (torch.tensor(0.05).log() - t)).sum().item() for t in tables)
+    expected = -sum(logps) + script.Args().kl * kl
+value, metrics = script.compute_loss(model, batch, script.Args())
+value.backward()
+assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+assert abs(metrics["loss"].item() - value.item()) < 1e-5
+print(json.dumps([value.item(), expected]))
+"""
+)
+
+
 def sigma(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
@@ -300,6 +323,14 @@ def test_the_reward_models_loss_runs_on_a_batch_made_by_hand(alone):
     assert done.returncode == 0, done.stderr
     value, rewards = json.loads(done.stdout)
     assert value == pytest.approx(-sum(math.log(sigma(rewards[i] - rewards[2 + i])) for i in range(2)), rel=1e-5)
+
+
+@pytest.mark.parametrize("script", ["superhf", "ppo"])
+def test_the_loss_runs_on_sampled_completions_made_by_hand(alone, script):
+    done = alone(script, "-c", SAMPLED_PROGRAM, script)
+    assert done.returncode == 0, done.stderr
+    value, expected = json.loads(done.stdout)
+    assert value == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
