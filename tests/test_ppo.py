@@ -101,7 +101,7 @@ def test_log_probabilities_and_values_are_those_of_one_sequence_at_a_time(kind, 
     monkeypatch.setattr(ppo, "CHUNK", chunk)
     model = getattr(models, kind)(20).double()
     saved = {"value.weight": torch.randn(1, 32, dtype=torch.float64), "value.bias": torch.tensor([0.3], dtype=torch.float64)}
-    model = ppo.add_value_head(model, saved).double()
+    model = ppo.add_critic(model, saved).double()
     rows = [([5, 6, 7], [8, 9, 2]), ([10], [11, 12, 13, 14]), ([4, 5], [2])]
     logps, values = ppo.logps_and_values(model, data.collate([{"prompt": p, "completions": [c]} for p, c in rows], 0, "rows", "cpu"))
     expected = []
