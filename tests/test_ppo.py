@@ -10,9 +10,14 @@ import torch
 import ppo
 from common import data, evaluate, rewards, runtime
 from tests import models
-from tests.runs import canned_sample, lines_of, model_of, recorded, train, write_pairs
+from tests.runs import canned_sample, lines_of, model_of, recorded, toy_reward_anywhere, train, write_pairs
 
 QUICK = {"max_new_tokens": 5, "completions": 2, "eval_every": 1000, "epochs": 1.0, "batch_size": 6}
+
+
+@pytest.fixture(autouse=True)
+def toy_reward(monkeypatch):
+    monkeypatch.setattr(rewards, "load", toy_reward_anywhere(rewards.load))
 
 
 @pytest.fixture(scope="module")
