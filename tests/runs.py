@@ -131,3 +131,14 @@ def canned_sample(model, prompts: list[list[int]], tokenizer, max_new_tokens: in
         ids = [rng.randrange(4, len(tokenizer)) for _ in range(rng.randrange(1, max_new_tokens + 1))]
         drawn.append(ids + [tokenizer.eos_token_id] * (len(ids) < max_new_tokens))
     return drawn
+
+
+def toy_reward_anywhere(load):
+    """Stands for rewards.load: the toy's true reward also for a file of its questions, which a run would refuse, since a file could hold any prompt."""
+
+    def loading(name: str, run, *rest):
+        if name == "toy" and run.args.data != "toy":
+            return lambda prompts, answers: torch.tensor([toy.true_reward(toy.row_of(p), a) for p, a in zip(prompts, answers)])
+        return load(name, run, *rest)
+
+    return loading

@@ -10,9 +10,14 @@ import torch
 import ppo
 from common import data, evaluate, rewards, runtime
 from tests import models
-from tests.runs import canned_sample, lines_of, model_of, recorded, train, write_pairs
+from tests.runs import canned_sample, lines_of, model_of, recorded, toy_reward_anywhere, train, write_pairs
 
 QUICK = {"max_new_tokens": 5, "completions": 2, "eval_every": 1000, "epochs": 1.0, "batch_size": 6}
+
+
+@pytest.fixture(autouse=True)
+def toy_reward(monkeypatch):
+    monkeypatch.setattr(rewards, "load", toy_reward_anywhere(rewards.load))
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +106,7 @@ def test_log_probabilities_and_values_are_those_of_one_sequence_at_a_time(kind, 
     monkeypatch.setattr(ppo, "CHUNK", chunk)
     model = getattr(models, kind)(20).double()
     saved = {"value.weight": torch.randn(1, 32, dtype=torch.float64), "value.bias": torch.tensor([0.3], dtype=torch.float64)}
-    model = ppo.add_value_head(model, saved).double()
+    model = ppo.add_critic(model, saved).double()
     rows = [([5, 6, 7], [8, 9, 2]), ([10], [11, 12, 13, 14]), ([4, 5], [2])]
     logps, values = ppo.logps_and_values(model, data.collate([{"prompt": p, "completions": [c]} for p, c in rows], 0, "rows", "cpu"))
     expected = []

@@ -205,8 +205,8 @@ SAMPLED_PROGRAM = (
     ONE_ANSWER_PROGRAM.split("ref, labels = ")[0]
     + """
 tables = [model(torch.tensor([p + a])).logits[0, len(p) - 1 : len(p) + len(a) - 1].log_softmax(-1).detach() for p, a in rows]
-if hasattr(script, "add_value_head"):
-    model = script.add_value_head(model, {})
+if hasattr(script, "add_critic"):
+    model = script.add_critic(model, {})
     old = torch.cat([t.gather(-1, torch.tensor(a)[:, None])[:, 0] for t, (_, a) in zip(tables, rows)])
     advantages, returns = torch.arange(7.0), torch.ones(7) * 3
     batch |= {"old_logps": old, "old_values": torch.zeros(7), "advantages": advantages, "returns": returns}
@@ -251,7 +251,7 @@ torch.manual_seed(0)
 torch.set_num_threads(1)
 shape = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 8, "initializer_range": 0.3}
 model = GPT2LMHeadModel(GPT2Config(vocab_size=20, **shape)).eval()
-model = script.add_value_head(model, {}) if hasattr(script, "add_value_head") else model
+model = script.add_critic(model, {}) if hasattr(script, "add_critic") else model
 args = script.Args()
 args.threshold = 0.25
 ids = torch.randint(20, (2, 6))

@@ -11,10 +11,15 @@ import superhf
 from common import data, evaluate, rewards, runtime, toy
 from common.data import InputError
 from tests import models
-from tests.runs import ROOT, SHORT, canned_sample, lines_of, model_of, pairs, recorded, resume, start_process, train, write_pairs
+from tests.runs import ROOT, SHORT, canned_sample, lines_of, model_of, pairs, recorded, resume, start_process, toy_reward_anywhere, train, write_pairs
 
 both_scripts = pytest.mark.parametrize("script", ["superhf", "ppo"])
 QUICK = {"max_new_tokens": 5, "completions": 3, "eval_every": 1000, "epochs": 1.0}
+
+
+@pytest.fixture(autouse=True)
+def toy_reward(monkeypatch):
+    monkeypatch.setattr(rewards, "load", toy_reward_anywhere(rewards.load))
 
 
 @pytest.fixture(scope="module")
@@ -377,7 +382,8 @@ def test_two_processes_train_like_one(script, tmp_path, file11, llama, monkeypat
         one = train(script, tmp_path / "one", **setup)
     program = tmp_path / "program.py"
     program.write_text(
-        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport {script}, tyro\nfrom common import evaluate\nfrom tests.runs import canned_sample\n"
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport {script}, tyro\nfrom common import evaluate, rewards\n"
+        "from tests.runs import canned_sample, toy_reward_anywhere\nrewards.load = toy_reward_anywhere(rewards.load)\n"
         f"evaluate.sample = canned_sample\n{script}.main(tyro.cli({script}.Args))\n"
     )
     words = [f"--{name.replace('_', '-')}={value}" for name, value in {**SHORT, **setup, "name": "two", "output_dir": str(tmp_path)}.items()]
