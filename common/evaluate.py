@@ -233,13 +233,17 @@ def concordance(scores: torch.Tensor, labels: torch.Tensor) -> float | None:
 
 
 def judge_rewards(args, rows, rewards: torch.Tensor) -> dict:
-    """On the toy, how well rewards [rows, 2] order the answers of `rows` as the true reward does: 1 always, 0 no better than chance, -1 never; ties of
-    the true reward left out, of the rewards counted as one half. Elsewhere nothing."""
+    """On the toy, how well rewards [rows, 2] order the answers to a question as the true reward does, mean over questions: 1 always, 0 no better than
+    chance, -1 never; ties of the true reward left out, of the rewards counted as one half. Elsewhere nothing. Answers to different questions are not
+    compared: Bradley-Terry says nothing of them."""
     if toy.flip_share(args.data) is None or not len(rewards):
         return {}
-    true = [[toy.true_reward(toy.row_of(prompt), answer) for answer in answers] for prompt, *answers in rows.texts]
-    share = concordance(rewards.flatten(), torch.tensor(true).flatten())
-    return {"rank_correlation": None if share is None else 2 * share - 1}
+    by_question: dict[str, list] = {}
+    for (prompt, *answers), row in zip(rows.texts, rewards.tolist()):
+        by_question.setdefault(prompt, []).extend((toy.true_reward(toy.row_of(prompt), answer), reward) for answer, reward in zip(answers, row))
+    tables = [torch.tensor(found) for found in by_question.values()]  # [answers, 2] each: true reward, reward
+    shares = [share for table in tables if (share := concordance(table[:, 1], table[:, 0])) is not None]
+    return {"rank_correlation": 2 * sum(shares) / len(shares) - 1 if shares else None}
 
 
 @functools.cache
