@@ -1,7 +1,7 @@
 """Reward hacking on the toy world: SuperHF, PPO and simpler baselines raise a flawed proxy of the true reward, and the true reward looks on.
 
     python -m experiments.reward_hacking                 three seeds; go on after an interruption with the same command
-    python -m experiments.reward_hacking --jobs 4        about ten minutes on four cores
+    python -m experiments.reward_hacking --jobs 4        within twenty minutes on four idle cores
 
 The proxy pays for each word beyond eight what the true reward takes off (common.toy.flawed_reward). SuperHF runs over KL coefficients (0 is RAFT) and over
 completions per prompt, PPO over KL coefficients with as many completions in all as SuperHF has at 16 a prompt; beside them stand the base model, best of n
