@@ -251,7 +251,7 @@ torch.manual_seed(0)
 torch.set_num_threads(1)
 shape = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 8, "initializer_range": 0.3}
 model = GPT2LMHeadModel(GPT2Config(vocab_size=20, **shape)).eval()
-model = script.add_critic(model, {}) if hasattr(script, "add_critic") else model
+model = script.add_value_head(model, {}) if hasattr(script, "add_value_head") else model
 args = script.Args()
 args.threshold = 0.25
 ids = torch.randint(20, (2, 6))
