@@ -192,7 +192,7 @@ def report(lines: list[dict], figure_path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10.5, 4.4), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.4), sharey=True)
     names = [name for name in dict.fromkeys(line["method"] for line in lines) if not name.endswith(", asked for bad")]
     for axis, key, label in zip(axes, ("kl_to_teacher", "perplexity_good"), ("KL(teacher || model), nats per sequence", "held-out perplexity, good segments")):
         for number, name in enumerate(names):
@@ -210,7 +210,7 @@ def report(lines: list[dict], figure_path: Path) -> None:
                 )
         axis.set_xlabel(label)
     axes[0].set_ylabel("misalignment: mean score of samples")
-    axes[1].legend(fontsize=8, title="filled: from the start; hollow: after MLE")
+    axes[1].legend(fontsize=8, title="filled: from the start\nhollow: after MLE", loc="upper left", bbox_to_anchor=(1.02, 1))
     figure.tight_layout()
     figure.savefig(figure_path, dpi=110)
     plt.close(figure)

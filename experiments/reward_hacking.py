@@ -203,7 +203,7 @@ def report(lines: list[dict], figure_path: Path) -> None:
     axes[2].set_xlabel(f"completions per prompt, kl {DEFAULT_KL:g}")
     for axis in axes:
         if axis.has_data():
-            axis.legend(fontsize=6)
+            axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     figure.tight_layout()
     figure.savefig(figure_path, dpi=110)
     plt.close(figure)
