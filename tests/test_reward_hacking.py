@@ -28,13 +28,13 @@ def test_answers_are_judged_by_both_rewards():
 
 @pytest.mark.slow
 def test_a_small_grid_goes_on_where_it_stopped(tmp_path, toy_base):
-    words = ["-m", "experiments.reward_hacking", "--seeds", "0", "--kls", "0", "--ppo-kls", "0.2", "--completions", "2", "--answers", "2", "--n", "2"]
+    words = ["-m", "experiments.reward_hacking", "--seeds", "0", "--kls", "0.35", "--ppo-kls", "0.2", "--completions", "2", "--answers", "2", "--n", "2"]
     words += ["--jobs", "2", "--extra=--max-steps 1", "--output-dir", str(tmp_path)]
     first = start_process(words, timeout=200)
     assert first.returncode == 0, first.stderr
     lines = [json.loads(line) for line in (tmp_path / "reward_hacking.jsonl").read_text().splitlines()]
     assert {line["method"] for line in lines} == set(reward_hacking.METHODS)
-    assert len(lines) == 6, first.stdout
+    assert len(lines) == 5, first.stdout
     base = next(line for line in lines if line["method"] == "base")
     best = next(line for line in lines if line["method"] == "best of n")
     assert base["kl"] == pytest.approx(0, abs=1e-6)
