@@ -15,12 +15,9 @@ nearly always a 1 and hard ones a 0, whatever is answered. pointwise_dpo.py with
 
 import json
 import math
-import os
 import random
-import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from common import runtime, toy  # noqa: E402
+from experiments.grid import complete  # noqa: E402
 from experiments.tabular import tensor  # noqa: E402
 from experiments.toy_frontier import judge_policy, mean_and_spread, question_rewards, reference_answers, train  # noqa: E402
 from pointwise_dpo import binary_pointwise_dpo_loss, continuous_pointwise_dpo_loss  # noqa: E402
@@ -159,31 +157,18 @@ def main(args: Args) -> None:
         print(json.dumps(make_run(*json.loads(args.work), args.answers)))
         return
     print_tables()
-    path = Path(args.output_dir) / "partition.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    have = {(line["handling"], line["beta"], line["seed"], line["answers"]) for line in lines}
     grid = [(h, b, s) for s in args.seeds for b in args.betas for h in (*map(str, args.constants), "learned")]
-    missing = [g for g in grid if (*g, args.answers) not in have]
     for seed in args.seeds:
         toy.base_model(seed)  # built before runs start side by side
 
-    def work(item) -> None:
-        words = [sys.executable, "-m", "experiments.partition", "--work", json.dumps(item), "--answers", str(args.answers)]
-        done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        if done.returncode:
-            print(f"{item}: {done.stderr.strip()[-300:]}")
-            return
-        line = json.loads(done.stdout.strip().splitlines()[-1])
-        with path.open("a", encoding="utf-8") as file:  # one short write: lines of parallel runs do not mix
-            file.write(json.dumps(line) + "\n")
-        lines.append(line)
-        print(f"{item[0]}, beta {item[1]}, seed {item[2]}: KL {line['kl']:.2f}, true reward {line['true_reward']:.2f}", flush=True)
+    def key(line: dict) -> tuple | None:
+        return (line["handling"], line["beta"], line["seed"]) if line["answers"] == args.answers else None
 
-    with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(work, missing))
-    wanted = set(grid)
-    lines = [line for line in lines if (line["handling"], line["beta"], line["seed"]) in wanted and line["answers"] == args.answers]
+    def say(line: dict) -> str:
+        return f"{line['handling']}, beta {line['beta']}, seed {line['seed']}: KL {line['kl']:.2f}, true reward {line['true_reward']:.2f}"
+
+    path = Path(args.output_dir) / "partition.jsonl"
+    lines = complete(path, grid, key, "experiments.partition", ["--answers", str(args.answers)], args.jobs, say)
     if lines:
         report(lines, args, Path(args.output_dir) / "partition.png")
 

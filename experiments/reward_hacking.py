@@ -10,11 +10,9 @@ not made again. Each policy is judged on the trained questions by `--answers` sa
 """
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from common import evaluate, runtime, toy  # noqa: E402
+from experiments.grid import complete  # noqa: E402
 
 METHODS = ("base", "SFT on chosen", "best of n", "SuperHF", "PPO")
 KEYS = ("proxy_reward", "true_reward", "meteor_similarity", "duplicate_share", "length", "right_share", "kl")
@@ -121,35 +120,19 @@ def main(args: Args) -> None:
     if args.work:
         print(json.dumps(make_run(*json.loads(args.work), args.answers, args.extra)))
         return
-    path = Path(args.output_dir) / "reward_hacking.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-
-    def key(line: dict) -> tuple:
-        return line["method"], line["coefficient"], line["n"], line["seed"]
-
-    have = {key(line) for line in lines if line["answers"] == args.answers}
     grid = grid_of(args)
-    missing = [run for run in grid if run not in have]
-    for seed in sorted({seed for *_, seed in missing}):
+    for seed in sorted({seed for *_, seed in grid}):
         toy.base_model(seed)  # built before runs start side by side
 
-    def work(item) -> None:
-        words = [sys.executable, "-m", "experiments.reward_hacking", "--work", json.dumps(item), "--answers", str(args.answers), f"--extra={args.extra}"]
-        done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        if done.returncode:
-            print(f"{item}: {done.stderr.strip()[-300:]}")
-            return
-        line = json.loads(done.stdout.strip().splitlines()[-1])
-        with path.open("a", encoding="utf-8") as file:  # one short write: lines of parallel runs do not mix
-            file.write(json.dumps(line) + "\n")
-        lines.append(line)
-        print(f"{len(lines)}: {item}: proxy {line['proxy_reward']:.2f}, true reward {line['true_reward']:.2f}", flush=True)
+    def key(line: dict) -> tuple | None:
+        return (line["method"], line["coefficient"], line["n"], line["seed"]) if line["answers"] == args.answers else None
 
-    with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(work, missing))
-    wanted = set(grid)
-    report([line for line in lines if key(line) in wanted and line["answers"] == args.answers], Path(args.output_dir) / "reward_hacking.png")
+    def say(line: dict) -> str:
+        return f"{key(line)}: proxy {line['proxy_reward']:.2f}, true reward {line['true_reward']:.2f}"
+
+    path = Path(args.output_dir) / "reward_hacking.jsonl"
+    flags = ["--answers", str(args.answers), f"--extra={args.extra}"]
+    report(complete(path, grid, key, "experiments.reward_hacking", flags, args.jobs, say), Path(args.output_dir) / "reward_hacking.png")
 
 
 def mean_and_spread(values: list[float | None]) -> str:

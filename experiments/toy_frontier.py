@@ -11,11 +11,9 @@ true reward stands for it here.
 """
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from common import evaluate, runtime, toy  # noqa: E402
+from experiments.grid import complete  # noqa: E402
 
 METHODS = {"DPO": ("dpo.py", "--beta"), "cDPO": ("cdpo.py", "--beta"), "DPH's LM": ("dph.py", "--beta"), "TYPO": ("typo.py", "--lam")}
 
@@ -119,34 +118,18 @@ def main(args: Args) -> None:
         method, value, seed = json.loads(args.work)
         print(json.dumps(make_run(method, value, seed, args.answers)))
         return
-    path = Path(args.output_dir) / "toy_frontier.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    have = {(line["method"], line["value"], line["seed"], line["answers"]) for line in lines}
     grid = [(m, v, s) for s in args.seeds for m in METHODS for v in (args.lams if m == "TYPO" else args.betas)]
-    missing = [g for g in grid if (*g, args.answers) not in have]
     for seed in args.seeds:
         toy.base_model(seed)  # built before runs start side by side
 
-    def work(item) -> None:
-        words = [sys.executable, "-m", "experiments.toy_frontier", "--work", json.dumps(item), "--answers", str(args.answers)]
-        done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        if done.returncode:
-            print(f"{item}: {done.stderr.strip()[-300:]}")
-            return
-        line = json.loads(done.stdout.strip().splitlines()[-1])
-        with path.open("a", encoding="utf-8") as file:  # one short write: lines of parallel runs do not mix
-            file.write(json.dumps(line) + "\n")
-        lines.append(line)
-        print(
-            f"{len(lines)} of {len(have) + len(missing)}: {item[0]} {item[1]} seed {item[2]}: KL {line['kl']:.2f}, true reward {line['true_reward']:.2f}",
-            flush=True,
-        )
+    def key(line: dict) -> tuple | None:
+        return (line["method"], line["value"], line["seed"]) if line["answers"] == args.answers else None
 
-    with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(work, missing))
-    wanted = set(grid)
-    lines = [line for line in lines if (line["method"], line["value"], line["seed"]) in wanted and line["answers"] == args.answers]
+    def say(line: dict) -> str:
+        return f"{line['method']} {line['value']} seed {line['seed']}: KL {line['kl']:.2f}, true reward {line['true_reward']:.2f}"
+
+    path = Path(args.output_dir) / "toy_frontier.jsonl"
+    lines = complete(path, grid, key, "experiments.toy_frontier", ["--answers", str(args.answers)], args.jobs, say)
     report(lines, args.seeds, Path(args.output_dir) / "toy_frontier.png")
 
 
