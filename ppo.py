@@ -42,7 +42,7 @@ class Args:
     gamma: float = 1.0
     """Discount per token."""
     gae_lambda: float = 0.95
-    """lambda of generalised advantage estimation: 1 sums rewards to the end, near 0 trusts the value."""
+    """lambda of the advantage: 1 sums rewards to the end, near 0 trusts the value."""
     clip: float = 0.2
     """The ratio to the sampling policy counts within 1 - clip and 1 + clip."""
     value_clip: float = 0.2
@@ -54,19 +54,19 @@ class Args:
     completions: int = 1
     """Completions sampled for each prompt of a step."""
     reward: str = "toy"
-    """What is to be raised: toy, the true reward; toy:flawed, a proxy that can be exploited; or a sequence-classification model, folder or hub id."""
+    """What is raised: toy, toy:flawed, or a sequence-classification model, folder or hub id."""
     test_reward: str = ""
     """A second reward that only judges, named in the same way; empty: none."""
     model: str = "toy"
-    """toy, a hub id, or a folder (also a run of another script). The policy starts from it and it is the reference."""
+    """toy, a hub id, or a folder, a run among them: the policy's start and the reference."""
     data: str = "toy"
-    """toy, a hub id (or id:subset), or a file: .jsonl .json .csv .parquet, each also with .gz; rows with prompt, or pairs, whose prompts are taken."""
+    """toy, a hub id or id:subset, or a file of rows with prompt, or of pairs."""
     eval_data: str | None = None
-    """A file of held-out prompts. Without it the data's test split is used, or a share of the prompts is held out."""
+    """A file of held-out prompts; None: the data's test split, or a share of the prompts."""
     holdout: float = 0.1
     """Share of the prompts held out where the data has no test split."""
     name: str = ""
-    """Name of the run's folder; empty: made from script, model and seed. An existing run is never overwritten."""
+    """Name of the run's folder, a new one; empty: made from script, model and seed."""
     output_dir: str = "runs"
     """Where run folders go."""
     seed: int = 0
@@ -74,7 +74,7 @@ class Args:
     resume: str = ""
     """Folder of an interrupted run to go on with; all other arguments come from it."""
     lr: float = 1e-3
-    """Peak learning rate of AdamW. The default suits the toy's tiny model; real models want 1e-6 to 1e-5."""
+    """Peak learning rate of AdamW; 1e-3 suits the toy's tiny model, 1e-6 to 1e-5 real ones."""
     epochs: float = 60.0
     """Passes over the training prompts; may be a fraction."""
     max_steps: int = -1
@@ -82,19 +82,19 @@ class Args:
     batch_size: int = 64
     """Prompts in one step, over all processes. The paper has 16."""
     micro_batch_size: int = 64
-    """Completions in one forward pass of one process; smaller saves memory and changes nothing else."""
+    """Completions in one forward pass of a process; smaller only saves memory."""
     warmup: float = 0.1
-    """Linear warm-up: a share of all steps below 1, else a number of steps. Linear decay to 0 follows."""
+    """Linear warm-up, then linear decay: below 1 a share of all steps, else their number."""
     weight_decay: float = 0.0
     """Decoupled weight decay of AdamW."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm; inf: never."""
     max_length: int | None = None
-    """Limit in tokens for prompt and completion; None: the smaller of 1024 and the model's context."""
+    """Tokens of prompt and completion; None: the smaller of 1024 and the context."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Matrix products in bfloat16 or float32; auto: bfloat16 on GPUs that have it. Weights and log-probabilities stay float32."""
+    """Of matrix products; auto: bfloat16 on GPUs that have it. Weights stay float32."""
     compile: bool = False
     """Compile the model's body with torch.compile."""
     eval_every: int = 50
@@ -104,7 +104,7 @@ class Args:
     log_every: int = 10
     """Steps between lines in metrics.jsonl."""
     kl_samples: int = 400
-    """Answers sampled from the policy before and after training, for the KL and the toy's judgement; 0: none."""
+    """Answers sampled before and after training, for KL and true reward; 0: none."""
     max_new_tokens: int = 24
     """Length limit of every completion, in tokens."""
     track: Literal["none", "tensorboard", "wandb"] = "none"
@@ -126,7 +126,9 @@ class TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, targets):
-        wide = torch.promote_types(logits.dtype, torch.float32)  # in bfloat16 a sum over a vocabulary is off by tenths of a nat
+        wide = torch.promote_types(
+            logits.dtype, torch.float32
+        )  # in bfloat16 a sum over a vocabulary is off by tenths of a nat
         totals = torch.cat([rows.to(wide).logsumexp(-1, keepdim=True) for rows in logits.split(ROWS)])  # [tokens, 1]
         ctx.save_for_backward(logits, targets[:, None], totals)
         return (logits.gather(-1, targets[:, None]) - totals).squeeze(-1)
@@ -156,12 +158,19 @@ def completion_logps(model, batch: dict, hidden: torch.Tensor | None = None) -> 
     Only positions that predict a completion token reach the output layer: prompts and padding cost nothing at the vocabulary.
     """
     source, targets = batch["source"], batch["targets"]  # [tokens] each
-    if "logits_to_keep" in batch:  # this model's output layer does more than a product with its weights: use it as it is
+    if (
+        "logits_to_keep" in batch
+    ):  # this model's output layer does more than a product with its weights: use it as it is
         keep, length = batch["logits_to_keep"], batch["input_ids"].shape[1]
-        logits = model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, logits_to_keep=keep).logits[:, -keep:]
+        logits = model(
+            batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, logits_to_keep=keep
+        ).logits[:, -keep:]
         logps = token_logps(lambda x: x, logits[source // length, source % length - (length - keep)], targets)
     else:
-        states, head = (body(model, batch) if hidden is None else hidden)[source], model.get_output_embeddings()  # [tokens, hidden]
+        states, head = (
+            (body(model, batch) if hidden is None else hidden)[source],
+            model.get_output_embeddings(),
+        )  # [tokens, hidden]
         if len(targets) <= CHUNK:
             logps = token_logps(head, states, targets)
         else:
@@ -170,7 +179,9 @@ def completion_logps(model, batch: dict, hidden: torch.Tensor | None = None) -> 
     return logps.new_zeros(len(batch["completion_tokens"])).index_add(0, batch["sequence"], logps)
 
 
-def gae(rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float, lam: float) -> tuple[torch.Tensor, torch.Tensor]:
+def gae(
+    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float, lam: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Generalised advantage estimation (arXiv 1506.02438, equation 16): (advantages, returns), each [batch, length].
 
     Args: rewards and values at each token, mask 1 where there is one, each [batch, length], the tokens of a row one after another from its first position;
@@ -179,7 +190,9 @@ def gae(rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: 
     Raises ValueError where the shapes are not all [batch, length].
     """
     if rewards.dim() != 2 or not rewards.shape == values.shape == mask.shape:
-        raise ValueError(f"expected rewards, values and mask of one shape [batch, length], got {[tuple(x.shape) for x in (rewards, values, mask)]}")
+        raise ValueError(
+            f"expected rewards, values and mask of one shape [batch, length], got {[tuple(x.shape) for x in (rewards, values, mask)]}"
+        )
     rewards, values = rewards * mask, values * mask
     advantages, after, value_after = torch.zeros_like(rewards), 0.0, 0.0
     for t in reversed(range(rewards.shape[1])):
@@ -214,7 +227,9 @@ def ppo_loss(
     return policy, 0.5 * torch.maximum((values - returns) ** 2, (near - returns) ** 2)
 
 
-def token_rewards(rewards: torch.Tensor, logps: torch.Tensor, ref_logps: torch.Tensor, completion_tokens: torch.Tensor, kl: float) -> torch.Tensor:
+def token_rewards(
+    rewards: torch.Tensor, logps: torch.Tensor, ref_logps: torch.Tensor, completion_tokens: torch.Tensor, kl: float
+) -> torch.Tensor:
     """-kl * (log pi - log ref) at each token, and the completion's reward at its last one; [tokens].
 
     Args: rewards [batch], logps and ref_logps [tokens], the completions one after another, completion_tokens [batch].
@@ -259,12 +274,24 @@ def logps_and_values(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
 def compute_loss(model, batch: dict, args: Args) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Loss summed (not averaged) over the completion tokens of a micro-batch, and its metrics; "count NAME": how many things NAME is the sum of."""
     logps, values = logps_and_values(model, batch)  # [tokens] each
-    old_logps, advantages, old_values, returns = (batch[name] for name in ("old_logps", "advantages", "old_values", "returns"))
-    policy, value = ppo_loss(logps, old_logps, advantages, values, old_values, returns, args.clip, args.value_clip)  # [tokens] each
+    old_logps, advantages, old_values, returns = (
+        batch[name] for name in ("old_logps", "advantages", "old_values", "returns")
+    )
+    policy, value = ppo_loss(
+        logps, old_logps, advantages, values, old_values, returns, args.clip, args.value_clip
+    )  # [tokens] each
     losses = policy + args.vf_coef * value
     ratio = (logps - old_logps).exp()
-    found = {"loss": losses, "loss/policy": policy, "loss/value": value, "clipped_share": ((ratio - 1).abs() > args.clip).to(logps.dtype), "ratio": ratio}
-    return losses.sum(), {k: v.detach().sum() for k, v in found.items()} | {f"count {name}": batch["completion_tokens"].sum() for name in found}
+    found = {
+        "loss": losses,
+        "loss/policy": policy,
+        "loss/value": value,
+        "clipped_share": ((ratio - 1).abs() > args.clip).to(logps.dtype),
+        "ratio": ratio,
+    }
+    return losses.sum(), {k: v.detach().sum() for k, v in found.items()} | {
+        f"count {name}": batch["completion_tokens"].sum() for name in found
+    }
 
 
 def trimmed(tokenizer, ids: list[int]) -> list[int]:
@@ -279,7 +306,9 @@ def trimmed(tokenizer, ids: list[int]) -> list[int]:
     end = next(n for n in range(1, len(ids) + 1) if text_has_one(n))  # the first tokens that hold a whole marker
     text = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
     before = min(text.index(marker) for marker in MARKERS if marker in text)
-    while end and len(tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)) > before:
+    while (
+        end and len(tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)) > before
+    ):
         end -= 1
     return ids[:end]
 
@@ -288,7 +317,9 @@ def main(args: Args) -> None:
     try:
         from common import data, evaluate, rewards, runtime
     except ImportError as error:
-        raise SystemExit(f"Training needs the folder common/ beside this file; its functions alone do not. ({error})") from None
+        raise SystemExit(
+            f"Training needs the folder common/ beside this file; its functions alone do not. ({error})"
+        ) from None
     run = runtime.start(args, __file__)
     args = run.args
 
@@ -308,11 +339,23 @@ def main(args: Args) -> None:
     # The prompts, and the order in which training sees them.
     splits, data_sha256 = data.load_prompts(args, tokenizer, runtime.length_limit(args.max_length, model), run.say)
     plan = data.plan_batches(splits["train"], args.batch_size, args.epochs, args.max_steps, args.seed)
-    longest = {"prompt": max((row["prompt"] for rows in splits.values() for row in rows), key=len), "completions": [[tokenizer.eos_token_id] * 2]}
-    layout = evaluate.choose_layout(logps, model, {"train": [longest]}, tokenizer.pad_token_id, run.device, False, run.say)
+    longest = {
+        "prompt": max((row["prompt"] for rows in splits.values() for row in rows), key=len),
+        "completions": [[tokenizer.eos_token_id] * 2],
+    }
+    layout = evaluate.choose_layout(
+        logps, model, {"train": [longest]}, tokenizer.pad_token_id, run.device, False, run.say
+    )
     if layout == "model_head":
-        raise data.InputError(f"--model {args.model}: its output layer scales or caps logits, which ppo.py does not do.")
-    run.say("Reward: " + args.reward + (f"; test reward: {args.test_reward}" if test_reward else "") + f". METEOR: {evaluate.meteor_form() or 'needs nltk'}.")
+        raise data.InputError(
+            f"--model {args.model}: its output layer scales or caps logits, which ppo.py does not do."
+        )
+    run.say(
+        "Reward: "
+        + args.reward
+        + (f"; test reward: {args.test_reward}" if test_reward else "")
+        + f". METEOR: {evaluate.meteor_form() or 'needs nltk'}."
+    )
 
     def completions_of(rows: list[dict], texts: list, seed: int) -> list[tuple]:
         """(prompt ids, prompt, completion ids, answer, reward) of every completion sampled for these prompts on this process, prompt by prompt."""
@@ -351,13 +394,21 @@ def main(args: Args) -> None:
             group["lr"] = lr
         # Every process samples for its share of the prompts, with random numbers of this step alone: a resumed run draws the same.
         mine = run.share_out(plan[step])
-        found = completions_of([splits["train"][i] for i in mine], [splits["train"].texts[i][0] for i in mine], 1_000_003 * args.seed + 1009 * step + run.rank)
+        found = completions_of(
+            [splits["train"][i] for i in mine],
+            [splits["train"].texts[i][0] for i in mine],
+            1_000_003 * args.seed + 1009 * step + run.rank,
+        )
         per_prompt = [found[i : i + args.completions] for i in range(0, len(found), args.completions)]
-        candidates = [c for group in run.gather(per_prompt)[: len(plan[step])] for c in group if c[2]]  # of all processes; without the empty ones
+        candidates = [
+            c for group in run.gather(per_prompt)[: len(plan[step])] for c in group if c[2]
+        ]  # of all processes; without the empty ones
         started = time.perf_counter()
         examples = [{"prompt": prompt, "completions": [ids]} for prompt, _, ids, _, _ in candidates]
         micro = data.micro_batches(list(range(len(examples))), args.micro_batch_size, run.rank, run.world_size)
-        batches = [data.collate([examples[i] for i in rows], tokenizer.pad_token_id, layout, run.device) for rows, _ in micro]
+        batches = [
+            data.collate([examples[i] for i in rows], tokenizer.pad_token_id, layout, run.device) for rows, _ in micro
+        ]
 
         # What the sampling policy thought of its tokens, in the micro-batches that it is then trained in: the first ratio is exactly 1.
         kls = []  # log pi - log ref of each completion, by its number
@@ -374,7 +425,13 @@ def main(args: Args) -> None:
         for batch in batches:
             lengths = batch["completion_tokens"]
             mask = rows_of(torch.ones_like(batch["rewards"]), lengths)
-            advantages, returns = gae(rows_of(scale * batch["rewards"], lengths), rows_of(batch["old_values"], lengths), mask, args.gamma, args.gae_lambda)
+            advantages, returns = gae(
+                rows_of(scale * batch["rewards"], lengths),
+                rows_of(batch["old_values"], lengths),
+                mask,
+                args.gamma,
+                args.gae_lambda,
+            )
             batch["advantages"], batch["returns"] = advantages[mask.bool()], returns[mask.bool()]
         all_advantages = run.gathered([batch["advantages"] for batch, (_, real) in zip(batches, micro) if real])
         mean, deviation = all_advantages.mean().item(), deviation_of(all_advantages)
@@ -400,7 +457,11 @@ def main(args: Args) -> None:
         same = evaluate.sameness([c[1] for c in candidates], [c[3] for c in candidates], step, pairs=16)
         said |= {name: [] if value is None else [value] for name, value in same.items()}
         sums = {name: torch.tensor(float(sum(values)), device=run.device) for name, values in said.items()}
-        run.add(sums | {f"count {name}": torch.tensor(float(len(values)), device=run.device) for name, values in said.items()}, run.main)
+        run.add(
+            sums
+            | {f"count {name}": torch.tensor(float(len(values)), device=run.device) for name, values in said.items()},
+            run.main,
+        )
         run.log(examples, grad_norm, lr)
         seconds["training"] += time.perf_counter() - started
         if run.due(args.eval_every):

@@ -32,17 +32,17 @@ import tyro
 @dataclass
 class Args:
     half: Literal["all", "first", "second"] = "all"
-    """Train on all prompts, or on one half of them; the halves are the same for every seed. SuperHF's paper trains with one and judges with the other."""
+    """Train on all prompts or one half of them; the halves are the same for every seed."""
     model: str = "toy"
-    """toy, a hub id, or a folder: a causal LM or an encoder, which get a new head, or a sequence-classification model with one label, which goes on."""
+    """toy, a hub id, or a folder: a causal LM, an encoder, or a classifier with one label."""
     data: str = "toy"
-    """toy (toy:0.2: with a fifth of the labels flipped), a hub id (or id:subset), or a file: .jsonl .json .csv .parquet, each also with .gz."""
+    """toy (toy:0.2: a fifth of the labels flipped), a hub id or id:subset, or a file of rows."""
     eval_data: str | None = None
-    """A file of held-out pairs. Without it the data's test split is used, or a share of the prompts is held out."""
+    """A file of held-out pairs; None: the data's test split, or a share of the prompts."""
     holdout: float = 0.1
     """Share of the prompts held out where the data has no test split."""
     name: str = ""
-    """Name of the run's folder; empty: made from script, model and seed. An existing run is never overwritten."""
+    """Name of the run's folder, a new one; empty: made from script, model and seed."""
     output_dir: str = "runs"
     """Where run folders go."""
     seed: int = 0
@@ -50,7 +50,7 @@ class Args:
     resume: str = ""
     """Folder of an interrupted run to go on with; all other arguments come from it."""
     lr: float = 1e-3
-    """Peak learning rate of AdamW. The default suits the toy's tiny model; real models want 1e-6 to 1e-5."""
+    """Peak learning rate of AdamW; 1e-3 suits the toy's tiny model, 1e-6 to 1e-5 real ones."""
     epochs: float = 1.0
     """Passes over the training pairs; may be a fraction."""
     max_steps: int = -1
@@ -58,19 +58,19 @@ class Args:
     batch_size: int = 32
     """Pairs in one optimiser step, over all processes."""
     micro_batch_size: int = 32
-    """Pairs in one forward pass of one process; smaller saves memory and changes nothing else."""
+    """Pairs in one forward pass of a process; smaller saves memory and changes nothing else."""
     warmup: float = 0.1
-    """Linear warm-up: a share of all steps below 1, else a number of steps. Linear decay to 0 follows."""
+    """Linear warm-up, then linear decay: below 1 a share of all steps, else their number."""
     weight_decay: float = 0.0
     """Decoupled weight decay of AdamW."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm; inf: never."""
     max_length: int | None = None
-    """Limit in tokens for prompt and one completion; None: the smaller of 1024 and the model's context."""
+    """Tokens of prompt and one completion; None: the smaller of 1024 and the context."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Matrix products in bfloat16 or float32; auto: bfloat16 on GPUs that have it. Weights and log-probabilities stay float32."""
+    """Of matrix products; auto: bfloat16 on GPUs that have it. Weights stay float32."""
     compile: bool = False
     """Compile the model's body with torch.compile."""
     eval_every: int = 50
@@ -98,7 +98,9 @@ def reward_loss(chosen_rewards: torch.Tensor, rejected_rewards: torch.Tensor) ->
     Raises ValueError where the shapes are not both [batch].
     """
     if chosen_rewards.shape != rejected_rewards.shape or chosen_rewards.dim() != 1:
-        raise ValueError(f"expected two tensors of one shape [batch], got {tuple(chosen_rewards.shape)} and {tuple(rejected_rewards.shape)}")
+        raise ValueError(
+            f"expected two tensors of one shape [batch], got {tuple(chosen_rewards.shape)} and {tuple(rejected_rewards.shape)}"
+        )
     return -F.logsigmoid(chosen_rewards - rejected_rewards)
 
 
@@ -120,7 +122,9 @@ def main(args: Args) -> None:
     try:
         from common import data, evaluate, runtime
     except ImportError as error:
-        raise SystemExit(f"Training needs the folder common/ beside this file; its functions alone do not. ({error})") from None
+        raise SystemExit(
+            f"Training needs the folder common/ beside this file; its functions alone do not. ({error})"
+        ) from None
     run = runtime.start(args, __file__)
     args = run.args
 
@@ -133,7 +137,9 @@ def main(args: Args) -> None:
     scores, loss_and_metrics = runtime.as_forward(model, rewards_of), runtime.as_forward(model, compute_loss)
 
     # The rows, and the order in which training sees them.
-    splits, data_sha256 = data.load_pairs(args, tokenizer, runtime.length_limit(args.max_length, model, tokenizer), run.say)
+    splits, data_sha256 = data.load_pairs(
+        args, tokenizer, runtime.length_limit(args.max_length, model, tokenizer), run.say
+    )
     splits["train"] = data.half_of(splits["train"], args.half)
     if args.half != "all":
         run.say(f"The {args.half} half of the prompts: {len(splits['train']):,} rows to train on.")
@@ -147,7 +153,9 @@ def main(args: Args) -> None:
         """The keys of the end table on one split, for the model as it is now."""
         rewards = run.map_rows(lambda rows: scores(batch_of(split, rows)).view(2, -1).T, splits[split])  # [rows, 2]
         values = {"reward_accuracy": evaluate.accuracy(rewards, ties_say_nothing=True)}
-        values["margin_calibration"] = evaluate.calibration_error(rewards.softmax(1), torch.zeros(len(rewards))) if len(rewards) else None
+        values["margin_calibration"] = (
+            evaluate.calibration_error(rewards.softmax(1), torch.zeros(len(rewards))) if len(rewards) else None
+        )
         return values | evaluate.judge_rewards(args, splits[split], rewards) | {"samples": []}
 
     before = run.remember("before", lambda: {split: report(split) for split in splits if split != "train"})
@@ -169,7 +177,12 @@ def main(args: Args) -> None:
         optimizer.zero_grad()
         run.log([splits["train"][i] for i in plan[step]], grad_norm, lr)
         if run.due(args.eval_every):
-            run.write("held_out", run.mean_metrics(lambda rows: loss_and_metrics(batch_of("held_out", rows), args)[1], splits["held_out"]))
+            run.write(
+                "held_out",
+                run.mean_metrics(
+                    lambda rows: loss_and_metrics(batch_of("held_out", rows), args)[1], splits["held_out"]
+                ),
+            )
         if run.due(args.save_every) or run.stopping:
             run.save(model, optimizer, tokenizer)
 

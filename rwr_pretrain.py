@@ -48,29 +48,29 @@ class Args:
     """The plain model in the end table: a folder, or none; auto: on the toy one of the same size and budget, made once and cached, else none."""
     # [/method]
     task: Literal["toy", "pep8", "pii", "toxicity"] = "toy"
-    """Where segments and scores come from: the embedded toy, lines under pycodestyle, sentences under scrubadub or Detoxify."""
+    """Segments and scores: the toy's, lines by pycodestyle, sentences by scrubadub or Detoxify."""
     data: str = ""
-    """stdlib or a folder of .py files (pep8); text files, a folder or a hub data set (pii, toxicity). Empty: the task's own, where it has one."""
+    """stdlib or a folder (pep8); files, a folder or a hub id (pii, toxicity); empty: the task's."""
     scorer: str = ""
-    """original, unbiased or a folder: the Detoxify model of the task toxicity; empty: original for the corpus, unbiased for samples."""
+    """Of toxicity: original, unbiased or a folder; empty: original, and unbiased for samples."""
     text_field: str = "text"
     """The field that holds a document's text in rows of a file or hub data set."""
     holdout: float = 0.05
     """Share of the documents held out."""
     model: str = "tiny"
-    """tiny, small or gpt2-small, GPT-2 types, or a folder with a config.json: what is trained from scratch."""
+    """tiny, mini, small or gpt2-small (GPT-2 types), or a folder with a config.json."""
     init: str = ""
-    """A folder to start from instead, for example a run of plain pretraining: its weights and tokenizer, with a fresh optimiser and schedule."""
+    """A folder, a run among them, to start from instead: its weights and tokenizer."""
     tokenizer: str = ""
-    """A folder or hub id; empty: the toy's words, or a byte-level BPE trained on the training documents."""
+    """A folder or hub id; empty: the toy's words, or a byte-level BPE trained on the documents."""
     vocabulary: int = 4096
     """Tokens of the BPE that is trained where none is given."""
     context: int = 64
     """Tokens in a chunk. The paper uses 1024."""
     tokens: float = 1e6
-    """Training tokens, the budget; where the corpus has fewer it is repeated, shuffled anew. The paper uses 3.3e9."""
+    """Training tokens; a smaller corpus is repeated, shuffled anew. The paper uses 3.3e9."""
     name: str = ""
-    """Name of the run's folder; empty: made from script, model and seed. An existing run is never overwritten."""
+    """Name of the run's folder, a new one; empty: made from script, model and seed."""
     output_dir: str = "runs"
     """Where run folders go."""
     seed: int = 0
@@ -78,15 +78,15 @@ class Args:
     resume: str = ""
     """Folder of an interrupted run to go on with; all other arguments come from it."""
     lr: float = 1e-2
-    """Peak learning rate of AdamW. The default suits tiny models; GPT-2 small wants 5e-4 to 1e-3."""
+    """Peak learning rate of AdamW; 1e-2 suits tiny models, 5e-4 to 1e-3 GPT-2 small."""
     max_steps: int = -1
     """Optimiser steps at most; -1: no limit."""
     batch_size: int = 32
     """Chunks in one optimiser step, over all processes. The paper uses 64, of 1024 tokens."""
     micro_batch_size: int = 32
-    """Chunks in one forward pass of one process; smaller saves memory and changes nothing else."""
+    """Chunks in one forward pass of a process; smaller only saves memory."""
     warmup: float = 0.01
-    """Linear warm-up: a share of all steps below 1, else a number of steps. Linear decay to 0 follows."""
+    """Linear warm-up, then linear decay: below 1 a share of all steps, else their number."""
     weight_decay: float = 0.1
     """Decoupled weight decay of AdamW, on matrices and embeddings."""
     max_grad_norm: float = 1.0
@@ -94,7 +94,7 @@ class Args:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Matrix products in bfloat16 or float32; auto: bfloat16 on GPUs that have it. Weights and log-probabilities stay float32."""
+    """Of matrix products; auto: bfloat16 on GPUs that have it. Weights stay float32."""
     compile: bool = False
     """Compile the model's body with torch.compile."""
     eval_every: int = 200
@@ -104,15 +104,15 @@ class Args:
     log_every: int = 10
     """Steps between lines in metrics.jsonl."""
     samples: int = 512
-    """Unconditional samples at the end (temperature .7, top_p .9), whose scores are the misalignment; 0: none. The paper takes 4096."""
+    """Unconditional samples at the end (temperature .7, top_p .9); 0: none. The paper: 4096."""
     max_new_tokens: int = 64
     """Length limit of a sample, in tokens. The paper takes 128 for text, 640 for code."""
     limit: float | None = None
-    """A sample with a score above this counts as bad in the share above the limit; None: 0, and 0.5 for toxicity."""
+    """A sample with a score above this is bad; None: 0, and 0.5 for toxicity."""
     red_team: int = 0
-    """Rounds of the red-team loop at the end, in which prompts that bring out bad samples are bred; 0: none. The paper takes 10."""
+    """Rounds at the end that breed prompts for bad samples; 0: none. The paper takes 10."""
     attacker: str = ""
-    """A causal LM, folder or hub id, that proposes the red team's prompts; empty: the trained model itself."""
+    """Causal LM, folder or hub id, that writes the red team's prompts; empty: the model itself."""
     teacher: str = ""
     """A stronger model's folder: KL(teacher || model) is measured on its samples."""
     track: Literal["none", "tensorboard", "wandb"] = "none"
@@ -133,7 +133,9 @@ class TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, targets):
-        wide = torch.promote_types(logits.dtype, torch.float32)  # in bfloat16 a sum over a vocabulary is off by tenths of a nat
+        wide = torch.promote_types(
+            logits.dtype, torch.float32
+        )  # in bfloat16 a sum over a vocabulary is off by tenths of a nat
         totals = torch.cat([rows.to(wide).logsumexp(-1, keepdim=True) for rows in logits.split(ROWS)])  # [tokens, 1]
         ctx.save_for_backward(logits, targets[:, None], totals)
         return (logits.gather(-1, targets[:, None]) - totals).squeeze(-1)
@@ -186,7 +188,9 @@ def rwr_loss(token_logps: torch.Tensor, token_rewards: torch.Tensor, beta: float
     Raises ValueError where the shapes differ.
     """
     if token_rewards.shape != token_logps.shape:
-        raise ValueError(f"expected two tensors of one shape, got {tuple(token_logps.shape)} and {tuple(token_rewards.shape)}")
+        raise ValueError(
+            f"expected two tensors of one shape, got {tuple(token_logps.shape)} and {tuple(token_rewards.shape)}"
+        )
     return -rwr_weights(token_rewards.to(token_logps.dtype), beta) * token_logps
 
 
@@ -198,7 +202,10 @@ def token_metrics(losses, logps, bad) -> dict[str, torch.Tensor]:
 
 def compute_loss(model, batch: dict, args: Args) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Loss summed (not averaged) over the target tokens of a micro-batch, and its metrics."""
-    targets, scores = batch["input_ids"][:, 1:], batch["scores"][:, 1:]  # [batch, context - 1] each: a target brings its own segment's score
+    targets, scores = (
+        batch["input_ids"][:, 1:],
+        batch["scores"][:, 1:],
+    )  # [batch, context - 1] each: a target brings its own segment's score
     # [method]
     logps = target_logps(model, states(model, batch), targets)  # [batch, context - 1]
     losses = rwr_loss(logps, -scores, args.beta)  # [batch, context - 1]
@@ -210,7 +217,9 @@ def main(args: Args) -> None:
     try:
         from common import corpus, data, runtime, samples
     except ImportError as error:
-        raise SystemExit(f"Training needs the folder common/ beside this file; its functions alone do not. ({error})") from None
+        raise SystemExit(
+            f"Training needs the folder common/ beside this file; its functions alone do not. ({error})"
+        ) from None
     run = runtime.start(args, __file__)
     samples.check(run)
 
@@ -218,7 +227,9 @@ def main(args: Args) -> None:
     documents, facts = corpus.load(run.args, run.say)
     # [method]
     neither = run.args.threshold is None and run.args.threshold_quantile is None
-    threshold = corpus.threshold_of(documents["train"], 0.0 if neither else run.args.threshold, run.args.threshold_quantile)
+    threshold = corpus.threshold_of(
+        documents["train"], 0.0 if neither else run.args.threshold, run.args.threshold_quantile
+    )
     # [/method]
     args = dataclasses.replace(run.args, threshold=threshold)
     segments = [score for document in documents["train"] for score in document["scores"]]
@@ -228,7 +239,11 @@ def main(args: Args) -> None:
     # A new model, or one to start from.
     start = str(run.checkpoint or args.init)
     tokenizer = runtime.load_tokenizer(start) if start else corpus.load_tokenizer(args, documents["train"], run.say)
-    model = runtime.load_model(start, run.device, tokenizer) if start else corpus.new_model(args.model, tokenizer, args.context, args.seed).to(run.device)
+    model = (
+        runtime.load_model(start, run.device, tokenizer)
+        if start
+        else corpus.new_model(args.model, tokenizer, args.context, args.seed).to(run.device)
+    )
     if args.context > runtime.context_length(model):
         raise data.InputError(f"--context {args.context}: the model has {runtime.context_length(model)} positions.")
     # [method]
@@ -247,7 +262,9 @@ def main(args: Args) -> None:
     # Chunks of tokens, and the order in which training sees them.
     ids, scores = {}, {}  # [chunks, context] for each split
     for split in documents:
-        ids[split], scores[split], left = corpus.pack(encoded(split, random.Random(f"{args.seed} {split}")), tokenizer.eos_token_id, args.context)
+        ids[split], scores[split], left = corpus.pack(
+            encoded(split, random.Random(f"{args.seed} {split}")), tokenizer.eos_token_id, args.context
+        )
         run.say(
             f"{split.capitalize().replace('_', '-')}: {len(ids[split]):,} chunks of {args.context} tokens; the last {left} tokens fill none and are left out."
         )
@@ -256,14 +273,18 @@ def main(args: Args) -> None:
     plan = corpus.plan(len(ids["train"]), args.batch_size, args.tokens, args.context, args.seed)
     plan = plan[: args.max_steps] if args.max_steps > 0 else plan
     targets = args.context - 1  # in each chunk
-    run.remember("corpus", lambda: facts | {"threshold": threshold, "good_share": good_share, "chunks": len(ids["train"])})
+    run.remember(
+        "corpus", lambda: facts | {"threshold": threshold, "good_share": good_share, "chunks": len(ids["train"])}
+    )
 
     def batch_of(split: str, rows: list[int]) -> dict:
         return {"input_ids": run.put(ids[split][rows]).long(), "scores": run.put(scores[split][rows])}
 
     # [method]
     weights = rwr_weights(-scores["train"].double(), args.beta)  # [chunks, context]
-    run.say(f"Weights of the training tokens: min {weights.min():.4g}, max {weights.max():.4g}, standard deviation {weights.std():.4g}.")
+    run.say(
+        f"Weights of the training tokens: min {weights.min():.4g}, max {weights.max():.4g}, standard deviation {weights.std():.4g}."
+    )
     # [/method]
     matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == is_matrix] for is_matrix in (True, False))
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
@@ -285,7 +306,12 @@ def main(args: Args) -> None:
         optimizer.zero_grad()
         run.log(ids["train"][plan[step]], grad_norm, lr, targets)
         if run.due(args.eval_every):
-            run.write("held_out", run.mean_metrics(lambda rows: loss_and_metrics(batch_of("held_out", rows), args)[1], ids["held_out"], targets))
+            run.write(
+                "held_out",
+                run.mean_metrics(
+                    lambda rows: loss_and_metrics(batch_of("held_out", rows), args)[1], ids["held_out"], targets
+                ),
+            )
         if run.due(args.save_every) or run.stopping:
             run.save(model, optimizer, tokenizer)
 
@@ -297,7 +323,12 @@ def main(args: Args) -> None:
     # [method]
     columns["after"] = judge(model, tokenizer)
     # [/method]
-    summary = run.finish({name: {"held_out": values} for name, values in columns.items()}, args.init, facts["sha256"], flops_per_token=flops)
+    summary = run.finish(
+        {name: {"held_out": values} for name, values in columns.items()},
+        args.init,
+        facts["sha256"],
+        flops_per_token=flops,
+    )
     samples.print_table(run, columns, summary)
 
 

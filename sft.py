@@ -35,15 +35,15 @@ from torch.utils.checkpoint import checkpoint
 @dataclass
 class Args:
     model: str = "toy"
-    """toy, a hub id, or a folder (also a run of another script). The policy starts from it."""
+    """toy, a hub id, or a folder, a run among them: what the policy starts from."""
     data: str = "toy"
-    """toy (the chosen answers of its pairs), a hub id (or id:subset), or a file: .jsonl .json .csv .parquet, each also with .gz."""
+    """toy (the chosen answers of its pairs), a hub id or id:subset, or a file of rows."""
     eval_data: str | None = None
-    """A file of held-out rows. Without it the data's test split is used, or a share of the prompts is held out."""
+    """A file of held-out rows; None: the data's test split, or a share of the prompts."""
     holdout: float = 0.1
     """Share of the prompts held out where the data has no test split."""
     name: str = ""
-    """Name of the run's folder; empty: made from script, model and seed. An existing run is never overwritten."""
+    """Name of the run's folder, a new one; empty: made from script, model and seed."""
     output_dir: str = "runs"
     """Where run folders go."""
     seed: int = 0
@@ -51,7 +51,7 @@ class Args:
     resume: str = ""
     """Folder of an interrupted run to go on with; all other arguments come from it."""
     lr: float = 1e-3
-    """Peak learning rate of AdamW. The default suits the toy's tiny model; real models want 1e-6 to 1e-5."""
+    """Peak learning rate of AdamW; 1e-3 suits the toy's tiny model, 1e-6 to 1e-5 real ones."""
     epochs: float = 1.0
     """Passes over the training rows; may be a fraction."""
     max_steps: int = -1
@@ -59,19 +59,19 @@ class Args:
     batch_size: int = 64
     """Rows in one optimiser step, over all processes."""
     micro_batch_size: int = 64
-    """Rows in one forward pass of one process; smaller saves memory and changes nothing else."""
+    """Rows in one forward pass of a process; smaller saves memory and changes nothing else."""
     warmup: float = 0.1
-    """Linear warm-up: a share of all steps below 1, else a number of steps. Linear decay to 0 follows."""
+    """Linear warm-up, then linear decay: below 1 a share of all steps, else their number."""
     weight_decay: float = 0.0
     """Decoupled weight decay of AdamW."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm; inf: never."""
     max_length: int | None = None
-    """Limit in tokens for prompt and one completion; None: the smaller of 1024 and the model's context."""
+    """Tokens of prompt and one completion; None: the smaller of 1024 and the context."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Matrix products in bfloat16 or float32; auto: bfloat16 on GPUs that have it. Weights and log-probabilities stay float32."""
+    """Of matrix products; auto: bfloat16 on GPUs that have it. Weights stay float32."""
     compile: bool = False
     """Compile the model's body with torch.compile."""
     eval_every: int = 50
@@ -81,7 +81,7 @@ class Args:
     log_every: int = 10
     """Steps between lines in metrics.jsonl."""
     kl_samples: int = 400
-    """Answers sampled from the policy before and after training, for the KL and the toy's judgement; 0: none."""
+    """Answers sampled before and after training, for KL and true reward; 0: none."""
     max_new_tokens: int = 24
     """Length limit of those answers, in tokens."""
     track: Literal["none", "tensorboard", "wandb"] = "none"
@@ -102,7 +102,9 @@ class TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, targets):
-        wide = torch.promote_types(logits.dtype, torch.float32)  # in bfloat16 a sum over a vocabulary is off by tenths of a nat
+        wide = torch.promote_types(
+            logits.dtype, torch.float32
+        )  # in bfloat16 a sum over a vocabulary is off by tenths of a nat
         totals = torch.cat([rows.to(wide).logsumexp(-1, keepdim=True) for rows in logits.split(ROWS)])  # [tokens, 1]
         ctx.save_for_backward(logits, targets[:, None], totals)
         return (logits.gather(-1, targets[:, None]) - totals).squeeze(-1)
@@ -132,12 +134,19 @@ def completion_logps(model, batch: dict, hidden: torch.Tensor | None = None) -> 
     Only positions that predict a completion token reach the output layer: prompts and padding cost nothing at the vocabulary.
     """
     source, targets = batch["source"], batch["targets"]  # [tokens] each
-    if "logits_to_keep" in batch:  # this model's output layer does more than a product with its weights: use it as it is
+    if (
+        "logits_to_keep" in batch
+    ):  # this model's output layer does more than a product with its weights: use it as it is
         keep, length = batch["logits_to_keep"], batch["input_ids"].shape[1]
-        logits = model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, logits_to_keep=keep).logits[:, -keep:]
+        logits = model(
+            batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, logits_to_keep=keep
+        ).logits[:, -keep:]
         logps = token_logps(lambda x: x, logits[source // length, source % length - (length - keep)], targets)
     else:
-        states, head = (body(model, batch) if hidden is None else hidden)[source], model.get_output_embeddings()  # [tokens, hidden]
+        states, head = (
+            (body(model, batch) if hidden is None else hidden)[source],
+            model.get_output_embeddings(),
+        )  # [tokens, hidden]
         if len(targets) <= CHUNK:
             logps = token_logps(head, states, targets)
         else:
@@ -162,7 +171,12 @@ def compute_loss(model, batch: dict, args: Args) -> tuple[torch.Tensor, dict[str
     """Loss summed (not averaged) over the answer tokens of a micro-batch, and its metrics; "count NAME": how many things NAME is the sum of."""
     logps, tokens = completion_logps(model, batch), batch["completion_tokens"]  # [batch] each
     losses = sft_loss(logps)  # [batch]
-    metrics = {"loss": losses.detach().sum(), "count loss": tokens.sum(), "logps": logps.detach().sum(), "completion_tokens": tokens.sum()}
+    metrics = {
+        "loss": losses.detach().sum(),
+        "count loss": tokens.sum(),
+        "logps": logps.detach().sum(),
+        "completion_tokens": tokens.sum(),
+    }
     return losses.sum(), metrics
 
 
@@ -170,7 +184,9 @@ def main(args: Args) -> None:
     try:
         from common import data, evaluate, runtime
     except ImportError as error:
-        raise SystemExit(f"Training needs the folder common/ beside this file; its functions alone do not. ({error})") from None
+        raise SystemExit(
+            f"Training needs the folder common/ beside this file; its functions alone do not. ({error})"
+        ) from None
     run = runtime.start(args, __file__)
     args = run.args
 
@@ -183,7 +199,9 @@ def main(args: Args) -> None:
     logps, loss_and_metrics = runtime.as_forward(model, completion_logps), runtime.as_forward(model, compute_loss)
 
     # The rows, and the order in which training sees them.
-    splits, data_sha256 = data.load_demonstrations(args, tokenizer, runtime.length_limit(args.max_length, model), run.say)
+    splits, data_sha256 = data.load_demonstrations(
+        args, tokenizer, runtime.length_limit(args.max_length, model), run.say
+    )
     plan = data.plan_batches(splits["train"], args.batch_size, args.epochs, args.max_steps, args.seed)
     splits["train"], plan = data.only_planned(splits["train"], plan)
     layout = evaluate.choose_layout(logps, model, splits, tokenizer.pad_token_id, run.device, False, run.say)
@@ -217,7 +235,12 @@ def main(args: Args) -> None:
         optimizer.zero_grad()
         run.log([splits["train"][i] for i in plan[step]], grad_norm, lr)
         if run.due(args.eval_every):
-            run.write("held_out", run.mean_metrics(lambda rows: loss_and_metrics(batch_of("held_out", rows), args)[1], splits["held_out"]))
+            run.write(
+                "held_out",
+                run.mean_metrics(
+                    lambda rows: loss_and_metrics(batch_of("held_out", rows), args)[1], splits["held_out"]
+                ),
+            )
         if run.due(args.save_every) or run.stopping:
             run.save(model, optimizer, tokenizer)
 

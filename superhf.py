@@ -40,29 +40,29 @@ from torch.utils.checkpoint import checkpoint
 @dataclass
 class Args:
     kl: float = 0.35
-    """Weight of the mean KL(ref || pi) per completion token, in nats; 0: none, which is RAFT. The paper's 0.35 counts half as much in its code."""
+    """Weight of the mean KL(ref || pi) per completion token, in nats; 0: none, which is RAFT."""
     completions: int = 16
     """N: completions sampled for each prompt of a step."""
     top_k: int = 1
     """k: of these, how many are kept, those with the largest reward."""
     temperature: float = 1.0
-    """Of the sampled completions. Samples for the KL of the end table are always drawn at temperature 1 and top-p 1."""
+    """Of the sampled completions; the end table's are always drawn at temperature 1."""
     top_p: float = 0.95
     """Tokens are sampled from the smallest set of likeliest ones that has this probability."""
     reward: str = "toy"
-    """What is to be raised: toy, the true reward; toy:flawed, a proxy that can be exploited; or a sequence-classification model, folder or hub id."""
+    """What is raised: toy, toy:flawed, or a sequence-classification model, folder or hub id."""
     test_reward: str = ""
     """A second reward that only judges, named in the same way; empty: none."""
     model: str = "toy"
-    """toy, a hub id, or a folder (also a run of another script). The policy starts from it and it is the reference."""
+    """toy, a hub id, or a folder, a run among them: the policy's start and the reference."""
     data: str = "toy"
-    """toy, a hub id (or id:subset), or a file: .jsonl .json .csv .parquet, each also with .gz; rows with prompt, or pairs, whose prompts are taken."""
+    """toy, a hub id or id:subset, or a file of rows with prompt, or of pairs."""
     eval_data: str | None = None
-    """A file of held-out prompts. Without it the data's test split is used, or a share of the prompts is held out."""
+    """A file of held-out prompts; None: the data's test split, or a share of the prompts."""
     holdout: float = 0.1
     """Share of the prompts held out where the data has no test split."""
     name: str = ""
-    """Name of the run's folder; empty: made from script, model and seed. An existing run is never overwritten."""
+    """Name of the run's folder, a new one; empty: made from script, model and seed."""
     output_dir: str = "runs"
     """Where run folders go."""
     seed: int = 0
@@ -70,7 +70,7 @@ class Args:
     resume: str = ""
     """Folder of an interrupted run to go on with; all other arguments come from it."""
     lr: float = 1e-3
-    """Peak learning rate of AdamW. The default suits the toy's tiny model; real models want 1e-6 to 1e-5."""
+    """Peak learning rate of AdamW; 1e-3 suits the toy's tiny model, 1e-6 to 1e-5 real ones."""
     epochs: float = 8.0
     """Passes over the training prompts; may be a fraction."""
     max_steps: int = -1
@@ -78,19 +78,19 @@ class Args:
     batch_size: int = 8
     """Prompts in one step, over all processes. The paper has 2."""
     micro_batch_size: int = 64
-    """Completions in one forward pass of one process; smaller saves memory and changes nothing else."""
+    """Completions in one forward pass of a process; smaller only saves memory."""
     warmup: float = 0.1
-    """Linear warm-up: a share of all steps below 1, else a number of steps. Linear decay to 0 follows."""
+    """Linear warm-up, then linear decay: below 1 a share of all steps, else their number."""
     weight_decay: float = 0.0
     """Decoupled weight decay of AdamW."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm; inf: never."""
     max_length: int | None = None
-    """Limit in tokens for prompt and completion; None: the smaller of 1024 and the model's context."""
+    """Tokens of prompt and completion; None: the smaller of 1024 and the context."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Matrix products in bfloat16 or float32; auto: bfloat16 on GPUs that have it. Weights and log-probabilities stay float32."""
+    """Of matrix products; auto: bfloat16 on GPUs that have it. Weights stay float32."""
     compile: bool = False
     """Compile the model's body with torch.compile."""
     eval_every: int = 50
@@ -100,7 +100,7 @@ class Args:
     log_every: int = 10
     """Steps between lines in metrics.jsonl."""
     kl_samples: int = 400
-    """Answers sampled from the policy before and after training, for the KL and the toy's judgement; 0: none."""
+    """Answers sampled before and after training, for KL and true reward; 0: none."""
     max_new_tokens: int = 24
     """Length limit of every completion, in tokens."""
     track: Literal["none", "tensorboard", "wandb"] = "none"
@@ -122,7 +122,9 @@ class TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, targets):
-        wide = torch.promote_types(logits.dtype, torch.float32)  # in bfloat16 a sum over a vocabulary is off by tenths of a nat
+        wide = torch.promote_types(
+            logits.dtype, torch.float32
+        )  # in bfloat16 a sum over a vocabulary is off by tenths of a nat
         totals = torch.cat([rows.to(wide).logsumexp(-1, keepdim=True) for rows in logits.split(ROWS)])  # [tokens, 1]
         ctx.save_for_backward(logits, targets[:, None], totals)
         return (logits.gather(-1, targets[:, None]) - totals).squeeze(-1)
@@ -152,12 +154,19 @@ def completion_logps(model, batch: dict, hidden: torch.Tensor | None = None) -> 
     Only positions that predict a completion token reach the output layer: prompts and padding cost nothing at the vocabulary.
     """
     source, targets = batch["source"], batch["targets"]  # [tokens] each
-    if "logits_to_keep" in batch:  # this model's output layer does more than a product with its weights: use it as it is
+    if (
+        "logits_to_keep" in batch
+    ):  # this model's output layer does more than a product with its weights: use it as it is
         keep, length = batch["logits_to_keep"], batch["input_ids"].shape[1]
-        logits = model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, logits_to_keep=keep).logits[:, -keep:]
+        logits = model(
+            batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, logits_to_keep=keep
+        ).logits[:, -keep:]
         logps = token_logps(lambda x: x, logits[source // length, source % length - (length - keep)], targets)
     else:
-        states, head = (body(model, batch) if hidden is None else hidden)[source], model.get_output_embeddings()  # [tokens, hidden]
+        states, head = (
+            (body(model, batch) if hidden is None else hidden)[source],
+            model.get_output_embeddings(),
+        )  # [tokens, hidden]
         if len(targets) <= CHUNK:
             logps = token_logps(head, states, targets)
         else:
@@ -167,7 +176,11 @@ def completion_logps(model, batch: dict, hidden: torch.Tensor | None = None) -> 
 
 
 def superhf_loss(
-    policy_logits: torch.Tensor, ref_logits: torch.Tensor, labels: torch.Tensor, completion_mask: torch.Tensor, kl: float
+    policy_logits: torch.Tensor,
+    ref_logits: torch.Tensor,
+    labels: torch.Tensor,
+    completion_mask: torch.Tensor,
+    kl: float,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """SuperHF loss of a batch of completions (arXiv 2310.16763), the plain form that the training step is tested against.
 
@@ -177,9 +190,16 @@ def superhf_loss(
     Gradient: with respect to policy_logits at t, (pi - 1[label at t + 1] + kl * (pi - ref)) / tokens where the token at t + 1 is masked 1, else 0.
     Raises ValueError where shapes do not fit, or no token is masked 1.
     """
-    if policy_logits.shape != ref_logits.shape or policy_logits.shape[:-1] != labels.shape or labels.shape != completion_mask.shape or labels.dim() != 2:
+    if (
+        policy_logits.shape != ref_logits.shape
+        or policy_logits.shape[:-1] != labels.shape
+        or labels.shape != completion_mask.shape
+        or labels.dim() != 2
+    ):
         shapes = [tuple(x.shape) for x in (policy_logits, ref_logits, labels, completion_mask)]
-        raise ValueError(f"expected two logits [batch, length, vocabulary], labels and completion_mask [batch, length], got {shapes}")
+        raise ValueError(
+            f"expected two logits [batch, length, vocabulary], labels and completion_mask [batch, length], got {shapes}"
+        )
     mask = completion_mask[:, 1:].bool()
     if not mask.any():
         raise ValueError("no completion token: the mean over tokens is undefined")
@@ -190,7 +210,9 @@ def superhf_loss(
 
 def token_terms(policy_logits: torch.Tensor, ref_logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """-log pi(target) and KL(ref || pi) of each token in nats, [tokens, 2], from logits [tokens, vocabulary]; at least float32."""
-    policy, ref = (x.to(torch.promote_types(x.dtype, torch.float32)).log_softmax(-1) for x in (policy_logits, ref_logits))
+    policy, ref = (
+        x.to(torch.promote_types(x.dtype, torch.float32)).log_softmax(-1) for x in (policy_logits, ref_logits)
+    )
     return torch.stack([-policy.gather(-1, targets[:, None]).squeeze(-1), (ref.exp() * (ref - policy)).sum(-1)], 1)
 
 
@@ -198,7 +220,9 @@ def completion_logits(model, batch: dict) -> torch.Tensor:
     """Logits at the positions that predict a completion token, [tokens, vocabulary]."""
     if "logits_to_keep" in batch:
         keep, length, source = batch["logits_to_keep"], batch["input_ids"].shape[1], batch["source"]
-        logits = model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, logits_to_keep=keep).logits[:, -keep:]
+        logits = model(
+            batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, logits_to_keep=keep
+        ).logits[:, -keep:]
         return logits[source // length, source % length - (length - keep)]
     return model.get_output_embeddings()(body(model, batch)[batch["source"]])
 
@@ -209,14 +233,20 @@ def compute_loss(model, batch: dict, args: Args) -> tuple[torch.Tensor, dict[str
         terms = token_terms(completion_logits(model, batch), batch["ref_logits"], batch["targets"])
     else:
         head = model.get_output_embeddings()
-        chunks = zip(*(x.split(CHUNK) for x in (body(model, batch)[batch["source"]], batch["ref_logits"], batch["targets"])))
-        parts = [checkpoint(lambda h, r, t: token_terms(head(h), r, t), *chunk, use_reentrant=False) for chunk in chunks]
+        chunks = zip(
+            *(x.split(CHUNK) for x in (body(model, batch)[batch["source"]], batch["ref_logits"], batch["targets"]))
+        )
+        parts = [
+            checkpoint(lambda h, r, t: token_terms(head(h), r, t), *chunk, use_reentrant=False) for chunk in chunks
+        ]
         terms = torch.cat(parts)  # [tokens, 2]
     ce, kl = terms.sum(0)
     tokens = batch["completion_tokens"].sum()
     loss = ce + args.kl * kl
     metrics = {"loss": loss, "ce": ce, "kl": kl}
-    return loss, {name: value.detach() for name, value in metrics.items()} | {f"count {name}": tokens for name in metrics}
+    return loss, {name: value.detach() for name, value in metrics.items()} | {
+        f"count {name}": tokens for name in metrics
+    }
 
 
 def trimmed(tokenizer, ids: list[int]) -> list[int]:
@@ -231,7 +261,9 @@ def trimmed(tokenizer, ids: list[int]) -> list[int]:
     end = next(n for n in range(1, len(ids) + 1) if text_has_one(n))  # the first tokens that hold a whole marker
     text = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
     before = min(text.index(marker) for marker in MARKERS if marker in text)
-    while end and len(tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)) > before:
+    while (
+        end and len(tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)) > before
+    ):
         end -= 1
     return ids[:end]
 
@@ -240,7 +272,9 @@ def main(args: Args) -> None:
     try:
         from common import data, evaluate, rewards, runtime
     except ImportError as error:
-        raise SystemExit(f"Training needs the folder common/ beside this file; its functions alone do not. ({error})") from None
+        raise SystemExit(
+            f"Training needs the folder common/ beside this file; its functions alone do not. ({error})"
+        ) from None
     run = runtime.start(args, __file__)
     args = run.args
 
@@ -259,16 +293,32 @@ def main(args: Args) -> None:
     # The prompts, and the order in which training sees them.
     splits, data_sha256 = data.load_prompts(args, tokenizer, runtime.length_limit(args.max_length, model), run.say)
     plan = data.plan_batches(splits["train"], args.batch_size, args.epochs, args.max_steps, args.seed)
-    longest = {"prompt": max((row["prompt"] for rows in splits.values() for row in rows), key=len), "completions": [[tokenizer.eos_token_id] * 2]}
-    layout = evaluate.choose_layout(logps, model, {"train": [longest]}, tokenizer.pad_token_id, run.device, False, run.say)
-    run.say("Reward: " + args.reward + (f"; test reward: {args.test_reward}" if test_reward else "") + f". METEOR: {evaluate.meteor_form() or 'needs nltk'}.")
+    longest = {
+        "prompt": max((row["prompt"] for rows in splits.values() for row in rows), key=len),
+        "completions": [[tokenizer.eos_token_id] * 2],
+    }
+    layout = evaluate.choose_layout(
+        logps, model, {"train": [longest]}, tokenizer.pad_token_id, run.device, False, run.say
+    )
+    run.say(
+        "Reward: "
+        + args.reward
+        + (f"; test reward: {args.test_reward}" if test_reward else "")
+        + f". METEOR: {evaluate.meteor_form() or 'needs nltk'}."
+    )
 
     def completions_of(rows: list[dict], texts: list, seed: int) -> list[tuple]:
         """(prompt ids, prompt, completion ids, answer, reward) of every completion sampled for these prompts on this process, prompt by prompt."""
         many = [(row["prompt"], text) for row, text in zip(rows, texts) for _ in range(args.completions)]
         started = time.perf_counter()
         size = 512 if runtime.is_tiny(model) else 64
-        shape = {"temperature": args.temperature, "top_p": args.top_p, "seed": seed, "batch_size": size, "autocast": run.autocast}
+        shape = {
+            "temperature": args.temperature,
+            "top_p": args.top_p,
+            "seed": seed,
+            "batch_size": size,
+            "autocast": run.autocast,
+        }
         drawn = evaluate.sample(model, [ids for ids, _ in many], tokenizer, args.max_new_tokens, **shape)
         drawn = [trimmed(tokenizer, ids) for ids in drawn]
         answers = [evaluate.text_behind(tokenizer, prompt, ids) for (prompt, _), ids in zip(many, drawn)]
@@ -281,7 +331,9 @@ def main(args: Args) -> None:
     def best_of(candidates: list[tuple]) -> list[tuple]:
         """The `top_k` of each prompt's completions with the largest rewards; empty ones never, and a prompt that has no other is left out."""
         groups = [candidates[i : i + args.completions] for i in range(0, len(candidates), args.completions)]
-        return [c for group in groups for c in sorted((c for c in group if c[3].strip()), key=lambda c: -c[4])[: args.top_k]]
+        return [
+            c for group in groups for c in sorted((c for c in group if c[3].strip()), key=lambda c: -c[4])[: args.top_k]
+        ]
 
     def look(prompts: list, answers: list[str]) -> dict:
         """What the end table says of sampled answers besides the common keys."""
@@ -305,16 +357,30 @@ def main(args: Args) -> None:
             group["lr"] = lr
         # Every process samples for its share of the prompts, with random numbers of this step alone: a resumed run draws the same.
         mine = run.share_out(plan[step])
-        found = completions_of([splits["train"][i] for i in mine], [splits["train"].texts[i][0] for i in mine], 1_000_003 * args.seed + 1009 * step + run.rank)
+        found = completions_of(
+            [splits["train"][i] for i in mine],
+            [splits["train"].texts[i][0] for i in mine],
+            1_000_003 * args.seed + 1009 * step + run.rank,
+        )
         per_prompt = [found[i : i + args.completions] for i in range(0, len(found), args.completions)]
         candidates = [c for group in run.gather(per_prompt)[: len(plan[step])] for c in group]  # of all processes
         kept = best_of(candidates)
         started = time.perf_counter()
-        said = {"loss": [], "ce": [], "kl": [], "reward/sampled": [c[4] for c in candidates], "reward/kept": [c[4] for c in kept]}
+        said = {
+            "loss": [],
+            "ce": [],
+            "kl": [],
+            "reward/sampled": [c[4] for c in candidates],
+            "reward/kept": [c[4] for c in kept],
+        }
         same = evaluate.sameness([c[1] for c in kept], [c[3] for c in kept], step, pairs=16)
         said |= {name: [] if value is None else [value] for name, value in same.items()}
         sums = {name: torch.tensor(float(sum(values)), device=run.device) for name, values in said.items()}
-        run.add(sums | {f"count {name}": torch.tensor(float(len(values)), device=run.device) for name, values in said.items()}, run.main)
+        run.add(
+            sums
+            | {f"count {name}": torch.tensor(float(len(values)), device=run.device) for name, values in said.items()},
+            run.main,
+        )
         tokens = sum(len(ids) for _, _, ids, _, _ in kept)
         examples = [{"prompt": prompt, "completions": [ids]} for prompt, _, ids, _, _ in kept]
         for rows, real in data.micro_batches(list(range(len(kept))), args.micro_batch_size, run.rank, run.world_size):

@@ -38,7 +38,7 @@ from torch.utils.checkpoint import checkpoint
 class Args:
     # [method]
     beta: float = 0.3
-    """Strength of the pull to the reference where the label is not 1, per nat. The authors use 0.1."""
+    """Strength of the pull to the reference where the label is not 1, per nat. Authors: 0.1."""
     beta_log_z: float = 0.0
     """beta log Z, the constant that is added to beta times the log-ratio. The authors' code has 0."""
     # [/method]
@@ -51,9 +51,9 @@ class Args:
     negative_weight: float = 1.0
     """Weight of all other rows."""
     model: str = "toy"
-    """toy, a hub id, or a folder (also a run of another script). The policy starts from it and it is the reference."""
+    """toy, a hub id, or a folder, a run among them: the policy's start and the reference."""
     data: str = "toy"
-    """toy (toy:0.2: with a fifth of the labels flipped), a hub id (or id:subset), or a file: .jsonl .json .csv .parquet, each also with .gz."""
+    """toy (toy:0.2: a fifth of the labels flipped), a hub id or id:subset, or a file of rows."""
     labels: Literal["auto", "binary", "continuous"] = "auto"
     """binary: 0 and 1, or false and true; continuous: any numbers; auto: binary where all training labels are 0 or 1. On the toy continuous labels
     are the probabilities of the binary ones."""
@@ -62,11 +62,11 @@ class Args:
     from_pairs: bool = False
     """The data are preference pairs: each becomes two rows, the chosen answer with label 1 and the rejected one with label 0."""
     eval_data: str | None = None
-    """A file of held-out rows. Without it the data's test split is used, or a share of the prompts is held out."""
+    """A file of held-out rows; None: the data's test split, or a share of the prompts."""
     holdout: float = 0.1
     """Share of the prompts held out where the data has no test split."""
     name: str = ""
-    """Name of the run's folder; empty: made from script, model and seed. An existing run is never overwritten."""
+    """Name of the run's folder, a new one; empty: made from script, model and seed."""
     output_dir: str = "runs"
     """Where run folders go."""
     seed: int = 0
@@ -74,7 +74,7 @@ class Args:
     resume: str = ""
     """Folder of an interrupted run to go on with; all other arguments come from it."""
     lr: float = 1e-3
-    """Peak learning rate of AdamW. The default suits the toy's tiny model; real models want 1e-6 to 1e-5."""
+    """Peak learning rate of AdamW; 1e-3 suits the toy's tiny model, 1e-6 to 1e-5 real ones."""
     epochs: float = 1.0
     """Passes over the training rows; may be a fraction."""
     max_steps: int = -1
@@ -82,19 +82,19 @@ class Args:
     batch_size: int = 64
     """Rows in one optimiser step, over all processes."""
     micro_batch_size: int = 64
-    """Rows in one forward pass of one process; smaller saves memory and changes nothing else."""
+    """Rows in one forward pass of a process; smaller saves memory and changes nothing else."""
     warmup: float = 0.1
-    """Linear warm-up: a share of all steps below 1, else a number of steps. Linear decay to 0 follows."""
+    """Linear warm-up, then linear decay: below 1 a share of all steps, else their number."""
     weight_decay: float = 0.0
     """Decoupled weight decay of AdamW."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm; inf: never."""
     max_length: int | None = None
-    """Limit in tokens for prompt and one completion; None: the smaller of 1024 and the model's context."""
+    """Tokens of prompt and one completion; None: the smaller of 1024 and the context."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Matrix products in bfloat16 or float32; auto: bfloat16 on GPUs that have it. Weights and log-probabilities stay float32."""
+    """Of matrix products; auto: bfloat16 on GPUs that have it. Weights stay float32."""
     compile: bool = False
     """Compile the model's body with torch.compile."""
     eval_every: int = 50
@@ -104,7 +104,7 @@ class Args:
     log_every: int = 10
     """Steps between lines in metrics.jsonl."""
     kl_samples: int = 400
-    """Answers sampled from the policy before and after training, for the KL and the toy's judgement; 0: none."""
+    """Answers sampled before and after training, for KL and true reward; 0: none."""
     max_new_tokens: int = 24
     """Length limit of those answers, in tokens."""
     track: Literal["none", "tensorboard", "wandb"] = "none"
@@ -125,7 +125,9 @@ class TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, targets):
-        wide = torch.promote_types(logits.dtype, torch.float32)  # in bfloat16 a sum over a vocabulary is off by tenths of a nat
+        wide = torch.promote_types(
+            logits.dtype, torch.float32
+        )  # in bfloat16 a sum over a vocabulary is off by tenths of a nat
         totals = torch.cat([rows.to(wide).logsumexp(-1, keepdim=True) for rows in logits.split(ROWS)])  # [tokens, 1]
         ctx.save_for_backward(logits, targets[:, None], totals)
         return (logits.gather(-1, targets[:, None]) - totals).squeeze(-1)
@@ -155,12 +157,19 @@ def completion_logps(model, batch: dict, hidden: torch.Tensor | None = None) -> 
     Only positions that predict a completion token reach the output layer: prompts and padding cost nothing at the vocabulary.
     """
     source, targets = batch["source"], batch["targets"]  # [tokens] each
-    if "logits_to_keep" in batch:  # this model's output layer does more than a product with its weights: use it as it is
+    if (
+        "logits_to_keep" in batch
+    ):  # this model's output layer does more than a product with its weights: use it as it is
         keep, length = batch["logits_to_keep"], batch["input_ids"].shape[1]
-        logits = model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, logits_to_keep=keep).logits[:, -keep:]
+        logits = model(
+            batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, logits_to_keep=keep
+        ).logits[:, -keep:]
         logps = token_logps(lambda x: x, logits[source // length, source % length - (length - keep)], targets)
     else:
-        states, head = (body(model, batch) if hidden is None else hidden)[source], model.get_output_embeddings()  # [tokens, hidden]
+        states, head = (
+            (body(model, batch) if hidden is None else hidden)[source],
+            model.get_output_embeddings(),
+        )  # [tokens, hidden]
         if len(targets) <= CHUNK:
             logps = token_logps(head, states, targets)
         else:
@@ -204,11 +213,15 @@ def check_shapes(policy_logps: torch.Tensor, ref_logps: torch.Tensor, labels: to
         {tuple(beta_log_z.shape)} if torch.is_tensor(beta_log_z) and beta_log_z.dim() else set()
     )
     if len(shapes) > 1 or policy_logps.dim() != 1:
-        raise ValueError(f"expected log-probabilities, labels and beta_log_z of one shape [batch], got {sorted(shapes)}")
+        raise ValueError(
+            f"expected log-probabilities, labels and beta_log_z of one shape [batch], got {sorted(shapes)}"
+        )
 
 
 # [method]
-def binary_ulma_loss(policy_logps: torch.Tensor, ref_logps: torch.Tensor, labels: torch.Tensor, beta: float, beta_log_z=0.0) -> torch.Tensor:
+def binary_ulma_loss(
+    policy_logps: torch.Tensor, ref_logps: torch.Tensor, labels: torch.Tensor, beta: float, beta_log_z=0.0
+) -> torch.Tensor:
     """ULMA loss of each row with a binary label (arXiv 2312.02554), unreduced.
 
     Args: two summed log-probabilities in nats and labels, each [batch], labels float, 0 or 1; beta, a number; beta_log_z, beta * log Z(x), a number or [batch].
@@ -221,7 +234,9 @@ def binary_ulma_loss(policy_logps: torch.Tensor, ref_logps: torch.Tensor, labels
     return -labels * policy_logps - (1 - labels) * F.logsigmoid(-h)
 
 
-def continuous_ulma_loss(policy_logps: torch.Tensor, ref_logps: torch.Tensor, labels: torch.Tensor, beta: float, beta_log_z=0.0) -> torch.Tensor:
+def continuous_ulma_loss(
+    policy_logps: torch.Tensor, ref_logps: torch.Tensor, labels: torch.Tensor, beta: float, beta_log_z=0.0
+) -> torch.Tensor:
     """ULMA loss of each row with a continuous label, unreduced: -log pi where z is exactly 1, (z - h)^2 elsewhere, [batch].
 
     Gradient: with respect to policy_logps -1 where z = 1, else -2 * beta * (z - h); to beta_log_z 0 and -2 * (z - h). At h = 0 and z < 1: z^2.
@@ -261,7 +276,9 @@ def main(args: Args) -> None:
     try:
         from common import data, evaluate, runtime
     except ImportError as error:
-        raise SystemExit(f"Training needs the folder common/ beside this file; its functions alone do not. ({error})") from None
+        raise SystemExit(
+            f"Training needs the folder common/ beside this file; its functions alone do not. ({error})"
+        ) from None
     run = runtime.start(args, __file__)
 
     # The policy, which before its first step is also the reference.
@@ -269,7 +286,10 @@ def main(args: Args) -> None:
     tokenizer = runtime.load_tokenizer(base)
     model = runtime.load_model(run.checkpoint or base, run.device, tokenizer)
     if run.args.learn_partition:
-        saved = [runtime.load_weights(run.checkpoint or base, f"partition.{name}") for name in ("weight", "bias", "centre", "spread")]
+        saved = [
+            runtime.load_weights(run.checkpoint or base, f"partition.{name}")
+            for name in ("weight", "bias", "centre", "spread")
+        ]
         model = add_partition(model, {name: value for found in saved for name, value in found.items()})
     runtime.disable_dropout(model)
     run.prepare(model.train())
@@ -289,7 +309,9 @@ def main(args: Args) -> None:
 
     def batch_of(split: str, rows: list[int]) -> dict:
         batch = data.collate([splits[split][i] for i in rows], tokenizer.pad_token_id, layout, run.device)
-        batch["labels"] = torch.tensor([splits[split][i]["label"] for i in rows], dtype=torch.float32, device=run.device)
+        batch["labels"] = torch.tensor(
+            [splits[split][i]["label"] for i in rows], dtype=torch.float32, device=run.device
+        )
         if split in ref:
             batch["ref_logps"] = ref[split][rows].to(run.device).squeeze(-1)
         if split in prompts:
@@ -308,12 +330,19 @@ def main(args: Args) -> None:
         """The keys of the end table on one split, for the policy as it is now; `reference` None: the policy still is the reference."""
         scores = score(split)  # [rows, 1]
         rewards = args.beta * (scores - ref[split])  # [rows, 1]
-        rewards = rewards + run.map_rows(lambda rows: partition(batch_of(split, rows), args)[:, None], splits[split])[:, :1]
+        rewards = (
+            rewards + run.map_rows(lambda rows: partition(batch_of(split, rows), args)[:, None], splits[split])[:, :1]
+        )
         targets = torch.tensor([row["label"] for row in splits[split]])
-        values = {name: evaluate.concordance(found.squeeze(-1), targets) for name, found in (("logps_auc", scores), ("reward_auc", rewards))}
+        values = {
+            name: evaluate.concordance(found.squeeze(-1), targets)
+            for name, found in (("logps_auc", scores), ("reward_auc", rewards))
+        }
         return values | evaluate.judge_samples(run, model, reference, base, tokenizer, splits[split])
 
-    ref: dict[str, torch.Tensor] = {}  # the reference's log-probabilities, [rows, 1] for each split, taken before the first step
+    ref: dict[
+        str, torch.Tensor
+    ] = {}  # the reference's log-probabilities, [rows, 1] for each split, taken before the first step
     prompts: dict[str, torch.Tensor] = {}  # its hidden states at the prompts' last tokens, [rows, hidden]
     ref |= run.keep("reference", lambda: {split: score(split) for split in splits})
     if args.learn_partition:
@@ -323,7 +352,9 @@ def main(args: Args) -> None:
     before = run.remember("before", lambda: {split: report(split, None) for split in splits if split != "train"})
     heads = list(model.partition.parameters()) if args.learn_partition else []
     policy = [p for p in model.parameters() if not any(p is q for q in heads)]
-    groups = [{"params": policy, "share": 1.0}] + ([{"params": heads, "share": args.partition_lr / args.lr, "weight_decay": 0.0}] if heads else [])
+    groups = [{"params": policy, "share": 1.0}] + (
+        [{"params": heads, "share": args.partition_lr / args.lr, "weight_decay": 0.0}] if heads else []
+    )
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     run.restore(model, optimizer)
 
@@ -342,7 +373,12 @@ def main(args: Args) -> None:
         optimizer.zero_grad()
         run.log([splits["train"][i] for i in plan[step]], grad_norm, lr)
         if run.due(args.eval_every):
-            run.write("held_out", run.mean_metrics(lambda rows: loss_and_metrics(batch_of("held_out", rows), args)[1], splits["held_out"]))
+            run.write(
+                "held_out",
+                run.mean_metrics(
+                    lambda rows: loss_and_metrics(batch_of("held_out", rows), args)[1], splits["held_out"]
+                ),
+            )
         if run.due(args.save_every) or run.stopping:
             run.save(model, optimizer, tokenizer)
 

@@ -30,17 +30,17 @@ def root() -> Path:
 @pytest.fixture(scope="session")
 def toy_base() -> Path:
     """Folder of the toy's base model of seed 0, built once in the user's cache."""
-    from common import toy
+    from toy import base
 
-    return toy.base_model(0)
+    return base.base_model(0)
 
 
 @pytest.fixture(scope="session")
 def toy_tokenizer():
     """The toy's word-level tokenizer: a real fast tokenizer that puts BOS before every text, without the base model's training."""
-    from common import toy
+    from toy import world
 
-    return toy.build_tokenizer()
+    return world.build_tokenizer()
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,10 @@ from unittest import mock
 
 import torch
 
-from common import data, runtime, toy
+from common import batches, summary
+from common import models as model_loading
 from tests import models
+from toy import world
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIRS = [name for name in ("dpo", "cdpo", "typo", "dph") if (ROOT / f"{name}.py").exists()]  # scripts with the same trunk
@@ -21,12 +23,12 @@ PAIRS = [name for name in ("dpo", "cdpo", "typo", "dph") if (ROOT / f"{name}.py"
 def pairs(rows: int, seed: int = 0) -> list[dict]:
     """Preference pairs in the toy's words, all prompts different; the chosen answer is the one with the larger true reward."""
     rng, found = random.Random(seed), []
-    for question in rng.sample(toy.questions(), rows):
+    for question in rng.sample(world.questions(), rows):
         texts: set[str] = set()
         while len(texts) < 2:
-            texts.add(toy.corpus_answer(question, rng))
-        rejected, chosen = sorted(texts, key=lambda text: (toy.true_reward(question, text), text))
-        found.append({"prompt": toy.prompt_of(question), "chosen": " " + chosen, "rejected": " " + rejected})
+            texts.add(world.corpus_answer(question, rng))
+        rejected, chosen = sorted(texts, key=lambda text: (world.true_reward(question, text), text))
+        found.append({"prompt": world.prompt_of(question), "chosen": " " + chosen, "rejected": " " + rejected})
     return found
 
 
@@ -49,7 +51,7 @@ def arguments(script: str, folder: Path, **changes):
 def train(script: str, folder: Path, **changes) -> Path:
     """Runs a script's main() here and returns the run's folder."""
     module, args = arguments(script, folder, **changes)
-    with torch.random.fork_rng(devices=[]), mock.patch.object(runtime, "draw_curves"):  # drawing takes longer than the run
+    with torch.random.fork_rng(devices=[]), mock.patch.object(summary, "draw_curves"):  # drawing takes longer than the run
         module.main(args)
     return folder
 
@@ -57,7 +59,7 @@ def train(script: str, folder: Path, **changes) -> Path:
 def resume(script: str, folder: Path, **changes) -> Path:
     """Goes on with a run here."""
     module = importlib.import_module(script)
-    with torch.random.fork_rng(devices=[]), mock.patch.object(runtime, "draw_curves"):
+    with torch.random.fork_rng(devices=[]), mock.patch.object(summary, "draw_curves"):
         module.main(module.Args(resume=str(folder), **changes))
     return folder
 
@@ -65,7 +67,7 @@ def resume(script: str, folder: Path, **changes) -> Path:
 def recorded(script: str, folder: Path, **changes) -> tuple[list[list[int]], list[dict[str, torch.Tensor]]]:
     """Trains and returns the rows of each step and each step's gradient by parameter, before clipping."""
     plans, gradients, clip = [], [], torch.nn.utils.clip_grad_norm_
-    plan_batches, load_model, loaded = data.plan_batches, runtime.load_model, []
+    plan_batches, load_model, loaded = batches.plan_batches, model_loading.load_model, []
 
     def plan(*args, **kwargs):
         plans.append(plan_batches(*args, **kwargs))
@@ -80,8 +82,8 @@ def recorded(script: str, folder: Path, **changes) -> tuple[list[list[int]], lis
         return clip(parameters, *args, **kwargs)
 
     with (
-        mock.patch.object(data, "plan_batches", plan),
-        mock.patch.object(runtime, "load_model", load),
+        mock.patch.object(batches, "plan_batches", plan),
+        mock.patch.object(model_loading, "load_model", load),
         mock.patch.object(torch.nn.utils, "clip_grad_norm_", clipped),
     ):
         train(script, folder, **changes)
@@ -96,7 +98,7 @@ def lines_of(folder: Path, split: str = "train") -> list[dict]:
 
 def model_of(folder: Path | str):
     """The folder's causal LM in evaluation mode."""
-    return runtime.load_model(str(folder), "cpu").eval()
+    return model_loading.load_model(str(folder), "cpu").eval()
 
 
 def start_process(words: list[str], cwd: Path = ROOT, timeout: float = 120) -> subprocess.CompletedProcess:
@@ -122,7 +124,7 @@ def gpt2_like(folder: Path, **changes) -> str:
 
 
 def canned_sample(model, prompts: list[list[int]], tokenizer, max_new_tokens: int, **shape) -> list[list[int]]:
-    """Stands for evaluate.sample: completions that depend on the prompt, and on how often it came before in this call, and on nothing else."""
+    """Stands for generate.sample: completions that depend on the prompt, and on how often it came before in this call, and on nothing else."""
     seen: dict[tuple, int] = {}
     drawn = []
     for prompt in prompts:
@@ -134,11 +136,11 @@ def canned_sample(model, prompts: list[list[int]], tokenizer, max_new_tokens: in
 
 
 def toy_reward_anywhere(load):
-    """Stands for rewards.load: the toy's true reward also for a file of its questions, which a run would refuse, since a file could hold any prompt."""
+    """Stands for rewards.models.load_reward: the toy's true reward also for a file of its questions, which a run would refuse, since a file could hold any prompt."""
 
-    def loading(name: str, run, *rest):
-        if name == "toy" and run.args.data != "toy":
-            return lambda prompts, answers: torch.tensor([toy.true_reward(toy.row_of(p), a) for p, a in zip(prompts, answers)])
-        return load(name, run, *rest)
+    def loading(name: str, data: str, *rest):
+        if name == "toy" and data != "toy":
+            return lambda prompts, answers: torch.tensor([world.true_reward(world.row_of(p), a) for p, a in zip(prompts, answers)])
+        return load(name, data, *rest)
 
     return loading

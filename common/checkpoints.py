@@ -1,0 +1,110 @@
+"""Models and checkpoints as folders that transformers loads; nothing in them unpickles.
+
+A checkpoint has optimizer.safetensors and state.json beside the weights. It is written aside and
+renamed, so a kill at any moment leaves the last good one.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from common import InputError
+from common.files import read_json, write_json
+from common.processes import is_main_process, wait_for_all, world_size
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a run: they get their name when they are complete, so whatever
+    has the name is whole.
+    """
+    return max((folder / "checkpoints").glob("step-*"), default=None)
+
+
+def read_state(checkpoint: Path) -> dict:
+    """Where a run stood at a checkpoint: step, seconds, tokens, and the last steps' metrics."""
+    return read_json(
+        checkpoint / "state.json", "", "expected what the run wrote there; without it this checkpoint is lost"
+    )
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file; InputError where it is damaged."""
+    try:
+        return safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); expected what the run wrote there.") from None
+
+
+def save_model(model, tokenizer, folder: Path) -> None:
+    """The model as a transformers folder, gathered on the first process."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    state = None
+    if world_size() > 1:
+        state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        kept = {name for pairs in (model.named_parameters(), model.named_buffers()) for name, _ in pairs}
+        state = {name: value for name, value in state.items() if name in kept}  # tied weights are written once
+    if is_main_process():
+        model.save_pretrained(folder, state_dict=state)
+        path = folder / "config.json"
+        config = json.loads(path.read_text())
+        if config.get("architectures"):  # fully_shard renames the class
+            config["architectures"] = [name.removeprefix("FSDP") for name in config["architectures"]]
+            write_json(path, config)
+        tokenizer.save_pretrained(folder)
+
+
+def save(folder: Path, model, optimizer, tokenizer, state: dict, device) -> Path:
+    """Writes a checkpoint of weights, optimiser, random numbers and `state` in a run's folder, and
+    removes older ones.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    moments = get_optimizer_state_dict(model, optimizer, options=options).get("state", {})  # on the first process only
+    aside, final = (folder / "checkpoints" / f"{kind}-{state['step']:08d}" for kind in ("part", "step"))
+    if is_main_process():
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    save_model(model, tokenizer, aside)
+    if is_main_process() and not final.exists():
+        tensors = {
+            f"{name}|{key}": value.contiguous() for name, values in moments.items() for key, value in values.items()
+        }
+        tensors["rng|cpu"] = torch.get_rng_state()
+        if device.type == "cuda":
+            tensors["rng|cuda"] = torch.cuda.get_rng_state(device)
+        safetensors.torch.save_file(tensors, aside / "optimizer.safetensors")
+        write_json(aside / "state.json", state)
+        os.replace(aside, final)
+        for old in (folder / "checkpoints").iterdir():
+            if old != final:
+                shutil.rmtree(old, ignore_errors=True)
+    wait_for_all()
+    return final
+
+
+def restore(checkpoint: Path, model, optimizer, device) -> None:
+    """Optimiser state and random numbers of a checkpoint."""
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    tensors = load_tensors(checkpoint / "optimizer.safetensors")
+    torch.set_rng_state(tensors.pop("rng|cpu"))
+    if "rng|cuda" in tensors and device.type == "cuda":
+        torch.cuda.set_rng_state(tensors.pop("rng|cuda"), device)
+    moments: dict = {}
+    for name, value in tensors.items():
+        parameter, _, key = name.rpartition("|")
+        if parameter != "rng":
+            moments.setdefault(parameter, {})[key] = value
+    groups = get_optimizer_state_dict(model, optimizer)["param_groups"]
+    state = {"state": moments, "param_groups": groups}
+    set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))

@@ -1,0 +1,196 @@
+"""Models and tokenizers: found, loaded in float32, sharded; what of them other code must know."""
+
+import hashlib
+import types
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from common import InputError
+from common.hub import check_hub_id
+
+UNLIMITED = 1 << 30  # positions, where a configuration names no limit
+
+
+def resolve_model(name: str, seed: int = 0, flag: str = "--model") -> str:
+    """A local folder for `toy`, a folder, or a hub id (downloaded: safetensors where there are any,
+    no other formats beside them).
+    """
+    if name == "toy":
+        from toy import base
+
+        return str(base.base_model(seed))
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise InputError(f"{flag} {name}: the folder has no config.json, so it is not a transformers model.")
+        return name
+    import huggingface_hub
+
+    check_hub_id(name, "model", flag)
+    offline = huggingface_hub.constants.HF_HUB_OFFLINE
+    weights = ["*.safetensors"]
+    if not offline and not any(
+        s.rfilename.endswith(".safetensors") for s in huggingface_hub.HfApi().model_info(name).siblings
+    ):
+        weights = ["*.bin"]
+    wanted = ["*.json", "*.txt", "*.model", "*.jinja", *weights]
+    return huggingface_hub.snapshot_download(
+        name, allow_patterns=wanted, ignore_patterns=["*/*"], local_files_only=offline
+    )
+
+
+def load_tokenizer(folder: str):
+    """The tokenizer of a model folder, with a pad token distinct from EOS."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        raise InputError(
+            f"--model {folder}: no tokenizer can be loaded from it ({str(error).splitlines()[0]})."
+        ) from None
+    if tokenizer.eos_token_id is None and tokenizer.sep_token_id is not None:
+        tokenizer.eos_token = tokenizer.sep_token  # encoders end a text with it
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"--model {folder}: the tokenizer has no EOS token, so an answer could not end.")
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(choose_pad_id(tokenizer))
+    return tokenizer
+
+
+def choose_pad_id(tokenizer) -> int:
+    """An existing id to pad with where the tokenizer has none of its own: resized embeddings would
+    break every other loader.
+
+    The unknown token where it is not EOS, else a token that is named for it, else the last ordinary
+    one: in a BPE vocabulary the rarest merge. Training masks by length, so the choice matters only
+    to sequence-classification loaders, which look for the last token that is not padding.
+    """
+    vocabulary = tokenizer.get_vocab()
+    ends = {tokenizer.eos_token_id, tokenizer.bos_token_id}
+    named = [tokenizer.unk_token, "<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>"]
+    for token in named:
+        if token is not None and vocabulary.get(token, tokenizer.eos_token_id) not in ends:
+            return vocabulary[token]
+    return max(i for i in vocabulary.values() if i not in ends and i not in tokenizer.all_special_ids)
+
+
+def load_model(folder: str, device, tokenizer=None):
+    """A causal LM in float32 with dropout off, its pad id set to the tokenizer's.
+
+    Float32 weights: bf16 ones do not move at lr 1e-6.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    except Exception as error:
+        raise InputError(
+            f"--model {folder}: cannot be loaded as a causal language model ({str(error).splitlines()[0]})."
+        ) from None
+    if tokenizer is not None:
+        model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    fuse_gelu(model)
+    disable_dropout(model)
+    return model.to(device)
+
+
+def fuse_gelu(model: torch.nn.Module) -> None:
+    """GPT-2's GELU, which transformers spells out in eight operations, as torch's one: the same
+    function, a tenth less time, a quarter less memory.
+    """
+    for module in model.modules():
+        for name, child in module.named_children():
+            if type(child).__name__ == "NewGELUActivation":
+                setattr(module, name, torch.nn.GELU(approximate="tanh"))
+
+
+def load_weights(folder: str | Path, name: str) -> dict[str, torch.Tensor]:
+    """The weight called `name` of a model folder as {name: tensor}, or {} where its safetensors
+    hold none of that name.
+    """
+    for path in sorted(Path(folder).glob("model*.safetensors")):
+        with safetensors.safe_open(path, "pt") as file:
+            if name in set(file.keys()):
+                return {name: file.get_tensor(name)}
+    return {}
+
+
+def disable_dropout(model: torch.nn.Module) -> None:
+    """Sets every dropout probability to 0, those of functional dropout included, and leaves the
+    saved configuration as it is.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def context_length(model) -> int:
+    """Positions that the model has, or a large number where the configuration names none."""
+    config = model.config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
+        if isinstance(positions := getattr(config, name, None), int):
+            return positions
+    return UNLIMITED
+
+
+def length_limit(wanted: int | None, model, tokenizer=None) -> int:
+    """`--max-length`, by default the smaller of 1024 and the model's context; InputError where it
+    is more than the context. An encoder's tokenizer may allow less than the model has positions.
+    """
+    context = min(context_length(model), getattr(tokenizer, "model_max_length", UNLIMITED))
+    if wanted is not None and wanted > context:
+        raise InputError(f"--max-length {wanted}: the model's context has {context} positions.")
+    return wanted or min(1024, context)
+
+
+def bind_forward(model, function):
+    """`function(model, ...)` bound to the model: `bind_forward(model, f)(x)` is `f(model, x)`, and
+    works on a sharded model too.
+
+    fully_shard gathers weights around forward() only; a function that calls parts of the model must
+    be registered as a forward method.
+    """
+    if hasattr(model, "set_requires_gradient_sync"):  # only a fully_shard model has it
+        from torch.distributed.fsdp import register_fsdp_forward_method
+
+        setattr(model, function.__name__, types.MethodType(function, model))
+        register_fsdp_forward_method(model, function.__name__)
+        return getattr(model, function.__name__)
+    return lambda *args, **kwargs: function(model, *args, **kwargs)
+
+
+def shard(model):
+    """Splits weights, gradients and optimiser state over all processes with torch's fully_shard,
+    block by block.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    blocks = set(getattr(model, "_no_split_modules", None) or [])
+    for module in model.modules():
+        if type(module).__name__ in blocks:
+            fully_shard(module)
+    fully_shard(
+        model, reshard_after_forward=True
+    )  # the root too: passes without a backward would leave its weights gathered
+    return model
+
+
+def full_tensor(value: torch.Tensor) -> torch.Tensor:
+    """The full tensor of a sharded one; all processes must ask for it."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def sha256_of_model(folder: str) -> str:
+    """Hash of the weights files of a model folder, in order of name."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in Path(folder).iterdir() if p.suffix in {".safetensors", ".bin"} and "model" in p.name):
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()

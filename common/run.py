@@ -1,0 +1,477 @@
+"""One run: its folder, where it stands in training, its metrics. What every script needs and no
+paper is about.
+
+A run folder `runs/<name>/` holds args.json, metrics.jsonl, summary.json, the model as a
+transformers folder, script.py (a copy), checkpoints/ and, where matplotlib is installed,
+curves.png.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import safetensors.torch
+import torch
+import torch.distributed as dist
+
+from common import InputError, checkpoints, summary
+from common.batches import micro_batches, row_length
+from common.files import append_json_lines, plain, read_json, write_json, write_text
+from common.generate import is_tiny
+from common.models import full_tensor, shard
+from common.processes import gather, is_main_process, print0, rank, sum_over_processes, wait_for_all, world_size
+
+ANY_NUMBER = (lambda v: v >= 0 and math.isfinite(v), "at least 0")
+COUNT = (lambda v: v >= 1, "at least 1")
+POSITIVE = (lambda v: v > 0 and math.isfinite(v), "a positive number")
+RANGES = {  # of the arguments that most scripts have; a script checks its own
+    "batch_size": COUNT,
+    "micro_batch_size": COUNT,
+    "max_new_tokens": COUNT,
+    "eval_every": COUNT,
+    "save_every": COUNT,
+    "log_every": COUNT,
+    "lr": POSITIVE,
+    "beta": POSITIVE,
+    "epochs": POSITIVE,
+    "max_steps": (lambda v: v >= -1 and v != 0, "at least 1, or -1 for no limit"),
+    "max_length": (lambda v: v is None or v >= 2, "at least 2"),
+    "holdout": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    "warmup": ANY_NUMBER,
+    "weight_decay": ANY_NUMBER,
+    "kl_samples": ANY_NUMBER,
+    "max_grad_norm": (lambda v: v > 0, "above 0 (inf: no clipping)"),
+    "dtype": (lambda v: v in {"auto", "float32", "bfloat16"}, "auto, float32 or bfloat16"),
+    "name": (lambda v: v == Path(v).name and v != "..", "one folder name"),
+}
+
+
+def start_run(args, script: str):
+    """(run, arguments that hold from here on): a new run, or one taken up again with the arguments
+    that it began with.
+
+    Raises InputError for arguments out of range, a name that is taken, or a folder that cannot be
+    resumed.
+    """
+    if world_size() > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if args.resume:
+        args = resumed_arguments(args, Path(script).name)
+    elif not args.name:
+        args = dataclasses.replace(args, name=free_name(args, Path(script).stem))
+    for name, (holds, expected) in RANGES.items():
+        if hasattr(args, name) and not holds(getattr(args, name)):
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {expected}.")
+    return Run(args, script), args
+
+
+def free_name(args, script: str) -> str:
+    """A name for a new run that no folder has yet, the same on every process."""
+    stem = f"{script}-{Path(args.model).name}-seed{args.seed}"
+    taken = [stem, *(f"{stem}-{i}" for i in range(2, 10_000))]
+    return gather([next(name for name in taken if not (Path(args.output_dir) / name).exists())])[0]
+
+
+def resumed_arguments(args, script: str):
+    """The arguments of the run to go on with; refused where one was given that contradicts them."""
+    folder = Path(args.resume)
+    saved = read_json(folder / "args.json", f"--resume {folder}: ", "expected the folder of a run")
+    if saved.pop("script", None) != script:
+        raise InputError(f"--resume {folder}: that run was made by another script, not by {script}.")
+    if (folder / "summary.json").exists():
+        raise InputError(f"--resume {folder}: that run is finished; nothing is left to do.")
+    fields = {field.name: field for field in dataclasses.fields(args) if field.name != "resume"}
+    saved.pop("resume", None)
+    if odd := sorted(fields.keys() ^ saved.keys()):
+        raise InputError(
+            f"--resume {folder}: args.json and {script} do not have the same arguments ({', '.join(odd)})."
+        )
+    for name, field in fields.items():
+        given, flag = getattr(args, name), "--" + name.replace("_", "-")
+        on_line = any(word.split("=")[0] in {flag, flag.replace("--", "--no-")} for word in sys.argv[1:])
+        if given != saved[name] and (on_line or given != field.default):
+            raise InputError(f"--resume {folder}: {flag} is {saved[name]} in that run and cannot become {given}.")
+    return dataclasses.replace(args, **saved)
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
+    """Linear warm-up, then linear decay to 0.
+
+    `warmup` below 1 is a share of all steps, else a number of steps.
+    """
+    warmup = warmup * steps if warmup < 1 else warmup
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    return peak * (steps - step) / max(1.0, steps - warmup)
+
+
+def means_of(sums: dict[str, float], count: float) -> dict[str, float]:
+    """Summed metrics as means over `count` things, or, where there is a "count NAME" beside a NAME,
+    over what that counts.
+
+    nan where it counts nothing.
+    """
+    counts = {name: sums.get(f"count {name}", count) for name in sums if not name.startswith("count ")}
+    return {name: sums[name] / count if count else math.nan for name, count in counts.items()}
+
+
+class Run:
+    """A run of a script, made by `start_run`: `device`, `dtype`, `folder`, `checkpoint` (to go on
+    from, or None), `step`.
+    """
+
+    def __init__(self, args, script: str):
+        self._args, self.script = args, Path(script)
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")  # TF32 where a product stays float32
+        bfloat16 = args.dtype == "bfloat16" or (args.dtype == "auto" and cuda and torch.cuda.is_bf16_supported())
+        self.dtype = torch.bfloat16 if bfloat16 else torch.float32
+        quiet_libraries()
+        self.folder = Path(args.resume or Path(args.output_dir) / args.name)
+        self.step, self.total, self.seconds, self.tokens = 0, 0, 0.0, 0
+        self.stopping, self._signal, self._started = 0, 0, 0.0
+        self._pending: list[dict] = []  # steps whose metrics are still on the device
+        self._window: list[dict] = []  # the last --log-every steps read from it
+        self._track = None
+        self.checkpoint = checkpoints.newest(self.folder) if args.resume else None
+        if not args.resume and is_main_process() and self.folder.exists() and any(self.folder.iterdir()):
+            again = f"go on with it: --resume {self.folder}"
+            raise InputError(f"{self.folder}: this run exists already; choose another --name, or {again}")
+        if self.checkpoint:
+            state = checkpoints.read_state(self.checkpoint)
+            self.step, self.seconds, self.tokens = state["step"], state["seconds"], state["tokens"]
+            self._window = state["window"]
+            print0(f"Going on with {self.folder} after step {self.step}.")
+        if args.resume and is_main_process():
+            self._drop_later_metrics()
+        torch.manual_seed(args.seed)
+
+    # -- the model and the folder
+
+    def autocast(self):
+        """The context of every forward pass."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def prepare(self, model, dynamic: bool | None = True):
+        """Sets threads by size, gradient checkpointing, compilation and, with several processes,
+        sharding.
+
+        Call before the optimiser is made. dynamic: whether batches differ in shape, for the
+        compiler; None: it finds out.
+        """
+        if self.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ and is_tiny(model):
+            torch.set_num_threads(1)
+        if self._args.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if self._args.compile:
+            model.base_model.compile(dynamic=dynamic)
+        return shard(model) if world_size() > 1 else model
+
+    def _make_folder(self) -> None:
+        """Makes the run's folder once model and data were found to be good, so that a wrong path
+        leaves nothing behind.
+
+        It gets its name when it is complete: a kill at any moment leaves no half of one.
+        """
+        if is_main_process() and not (self.folder / "args.json").exists():
+            aside = self.folder.with_name(f".{self.folder.name}.part")
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            shutil.copyfile(self.script, aside / "script.py")
+            write_json(aside / "args.json", {"script": self.script.name, **dataclasses.asdict(self._args)})
+            os.replace(aside, self.folder)
+        wait_for_all()
+        self._track = self._track or summary.tracker(self._args.track, self.folder, dataclasses.asdict(self._args))
+
+    def cached_tensors(self, name: str, compute) -> dict[str, torch.Tensor]:
+        """A dict of tensors computed once and kept in the run folder; a resumed run loads it.
+
+        Recomputed in other batches it would differ in the last digits. Random numbers are left as
+        they were.
+        """
+        self._make_folder()
+        path = self.folder / f"{name}.safetensors"
+        if self._args.resume and path.exists():
+            return checkpoints.load_tensors(path)
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            tensors = compute()
+        if is_main_process():
+            aside = path.with_suffix(".part")
+            safetensors.torch.save_file({k: v.contiguous() for k, v in tensors.items()}, aside)
+            os.replace(aside, path)
+        return tensors
+
+    def cached_json(self, name: str, compute):
+        """The same for a JSON value."""
+        self._make_folder()
+        path = self.folder / f"{name}.json"
+        if self._args.resume and path.exists():
+            return read_json(
+                path, f"--resume {self.folder}: ", "expected what the run wrote there; remove it to compute it again"
+            )
+        value = compute()
+        if is_main_process():
+            write_json(path, value)
+        return value
+
+    # -- the loop
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up, then linear decay to 0."""
+        return learning_rate(step, self.total, self._args.lr, self._args.warmup)
+
+    def steps(self, plan: list[list]):
+        """(step, its rows) for what is left of a plan, under a progress bar.
+
+        Ctrl-C and SIGTERM end the step at hand, save and say how to go on.
+        """
+        from tqdm import tqdm
+
+        def stop(number, frame):
+            self._signal = number
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+        self.total = len(plan)
+        previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        interval = 0.2 if sys.stderr.isatty() else 10.0
+        shown = {"desc": "training", "unit": "step", "mininterval": interval, "maxinterval": interval}
+        bar = tqdm(total=self.total, initial=self.step, disable=not is_main_process(), **shown)
+        try:
+            while self.step < self.total:
+                self._started = time.perf_counter()
+                yield self.step, plan[self.step]
+                bar.update(1)
+                if self.stopping:
+                    bar.close()
+                    again = f"python {self.script.name} --resume {self.folder}"
+                    print0(f"Stopped after step {self.step}; everything is saved. Go on with: {again}")
+                    raise SystemExit(128 + self.stopping)
+        finally:
+            bar.close()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def micro_batches(self, rows: list) -> list[tuple[list, float]]:
+        """This process's share of a step's rows as (rows, weight); losses are multiplied by their
+        weight.
+        """
+        return micro_batches(rows, self._args.micro_batch_size, rank(), world_size())
+
+    def accumulate(self, metrics: dict, weight: float) -> None:
+        """Adds a micro-batch's summed metrics to the step at hand.
+
+        They stay on the device until they are logged, as means over the step's rows, or over "count
+        NAME" where that stands beside NAME.
+        """
+        if not self._pending or "step" in self._pending[-1]:
+            self._pending.append({"sums": {}})
+        sums = self._pending[-1]["sums"]
+        for name, value in metrics.items():
+            sums[name] = sums.get(name, 0.0) + value.detach() * (weight / world_size())
+
+    def end_step(self, count: int, tokens: int, grad_norm: torch.Tensor) -> None:
+        """Closes an optimiser step, and writes a line to metrics.jsonl where one is due.
+
+        Args:
+            count: things that the metrics were summed over, on all processes: pairs, rows or
+                tokens. tokens: real tokens of the step, for the speed.
+        """
+        lr = self.learning_rate(self.step)
+        self.step += 1
+        self.tokens += tokens
+        self._pending[-1] |= {"step": self.step, "count": count, "grad_norm": grad_norm.detach(), "lr": lr}
+        self.stopping = self._agreed_stop()
+        if any(map(self.is_time, (self._args.log_every, self._args.eval_every, self._args.save_every))):
+            self._read_metrics()
+        if self.is_time(self._args.log_every):
+            steps = self._window
+            sums = {name: sum(step["sums"][name] for step in steps) for name in steps[0]["sums"]}
+            means = means_of(sums, sum(step["count"] for step in steps))
+            self.log("train", {**means, "grad_norm": steps[-1]["grad_norm"], "lr": lr})
+        # Steps wait for the device only where metrics are read, so single steps may seem short or
+        # long.
+        self.seconds += time.perf_counter() - self._started
+
+    def is_time(self, every: int) -> bool:
+        """Whether something done every so many steps is due after the step just closed; always so
+        after the last one.
+        """
+        return self.step % every == 0 or self.step == self.total
+
+    def is_time_to_save(self) -> bool:
+        """Whether a checkpoint is due: every --save-every steps, after the last one, and when the
+        run was told to stop.
+        """
+        return self.is_time(self._args.save_every) or self.stopping > 0
+
+    def _agreed_stop(self) -> int:
+        """The signal that some process got, on all of them."""
+        if world_size() == 1:
+            return self._signal
+        flag = torch.tensor(self._signal, device=self.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return int(flag)
+
+    def _read_metrics(self) -> None:
+        """Brings the metrics since the last reading from the device; stops the run where one is not
+        finite.
+        """
+        steps, self._pending = self._pending, []
+        names = list(steps[0]["sums"])
+        table = torch.stack([torch.stack([step["sums"][name].double() for name in names]) for step in steps])
+        norms = torch.stack([full_tensor(step["grad_norm"]).double() for step in steps]).tolist()
+        for step, sums, norm in zip(steps, sum_over_processes(table).tolist(), norms):  # table: [steps, metrics]
+            step |= {"sums": dict(zip(names, sums)), "grad_norm": norm}
+            if not math.isfinite(step["sums"]["loss"]):
+                self.refuse("loss", step["step"])
+            if not math.isfinite(norm):
+                self.refuse("gradient", step["step"])
+        # A line is the mean over --log-every steps, the last one too, which may close fewer new
+        # ones.
+        self._window = [*self._window, *steps][-self._args.log_every :]
+
+    def refuse(self, what: str, step: int) -> None:
+        """Ends the run because a number is not finite."""
+        kept = f"The checkpoint {self.checkpoint} is kept" if self.checkpoint else "No checkpoint had been written yet"
+        cause = "the learning rate is likely too high" if step > 1 else "the model or a row likely holds extreme values"
+        raise InputError(f"\nThe {what} of step {step} is not finite: {cause}. {kept}; the run is in {self.folder}.")
+
+    # -- lines of the run folder
+
+    def log(self, split: str, metrics: dict) -> None:
+        """One line of metrics.jsonl, and of the tracker where there is one."""
+        if is_main_process() and metrics:
+            self.append("metrics.jsonl", [{"step": self.step, "split": split, **metrics}])
+            if self._track:
+                self._track(self.step, {f"{split}/{name}": value for name, value in metrics.items()})
+
+    def append(self, name: str, lines: list[dict]) -> None:
+        """Adds lines to a JSON-lines file of the run folder."""
+        if is_main_process():
+            append_json_lines(self.folder / name, lines)
+
+    def write_lines(self, name: str, lines: list[dict]) -> None:
+        """A JSON-lines file of the run folder, whole or not at all."""
+        if is_main_process():
+            write_text(self.folder / name, "".join(json.dumps(plain(line), allow_nan=False) + "\n" for line in lines))
+
+    def _drop_later_metrics(self) -> None:
+        """Lines after the checkpoint will be written again."""
+        path = self.folder / "metrics.jsonl"
+        if path.exists():
+            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+            write_text(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= self.step))
+
+    # -- passes without gradients
+
+    def _passes(self, function, batch_of, rows: list):
+        """(numbers of rows, weight, function(batch)) over all rows, in micro-batches of similar
+        length, on this process.
+        """
+        order = sorted(range(len(rows)), key=lambda i: row_length(rows[i]))
+        for numbers, weight in self.micro_batches(order):
+            with torch.no_grad(), self.autocast():
+                yield numbers, weight, function(batch_of([rows[i] for i in numbers]))
+
+    def predict(self, function, batch_of, rows: list) -> torch.Tensor:
+        """`function(batch)` for all rows, spread over the processes: [rows, answers, ...], float32,
+        on the CPU.
+
+        Args:
+            function: batch -> [sequences, ...], numbered answer by answer as `collate` numbers
+                them, or a tuple of such. batch_of: rows -> batch.
+        """
+        parts = []
+        for numbers, weight, values in self._passes(function, batch_of, rows):
+            values = torch.cat(values) if isinstance(values, tuple) else values
+            by_row = values.float().unflatten(0, (-1, len(numbers))).transpose(0, 1).cpu()
+            parts += [(numbers, by_row)] if weight else []
+        parts = gather(parts)
+        if not parts:
+            return torch.zeros(0, 1)
+        places = torch.tensor([i for numbers, _ in parts for i in numbers])
+        return torch.cat([values for _, values in parts])[places.argsort()]
+
+    def evaluate_loss(self, function, batch_of, rows: list, per_row: int = 1) -> dict[str, float]:
+        """`function(batch)` -> (loss, summed metrics): the metrics as means over all rows, or over
+        `per_row` tokens in each.
+        """
+        sums: dict = {}
+        for _, weight, (_, metrics) in self._passes(function, batch_of, rows):
+            for name, value in metrics.items():
+                sums[name] = sums.get(name, 0.0) + value.double() * (weight / world_size())
+        if not sums:
+            return {}
+        table = sum_over_processes(torch.stack(list(sums.values()))).tolist()
+        return means_of(dict(zip(sums, table)), len(rows) * per_row)
+
+    # -- checkpoints and the end
+
+    def save(self, model, optimizer, tokenizer) -> None:
+        """A checkpoint of everything that the rest of the run depends on; the one before it is
+        removed.
+        """
+        state = {"step": self.step, "seconds": self.seconds, "tokens": self.tokens, "window": self._window}
+        self.checkpoint = checkpoints.save(self.folder, model, optimizer, tokenizer, state, self.device)
+
+    def save_model(self, model, tokenizer) -> None:
+        """The trained model in the run's folder."""
+        checkpoints.save_model(model, tokenizer, self.folder)
+
+    def restore(self, model, optimizer) -> None:
+        """Optimiser state and random numbers of the checkpoint; the weights were loaded from its
+        folder.
+        """
+        if self.checkpoint:
+            checkpoints.restore(self.checkpoint, model, optimizer, self.device)
+
+    def finish(self, columns: dict[str, dict], model_folder: str, data_sha256: str, extra: dict | None = None) -> None:
+        """Writes summary.json and curves.png, prints the end table, and removes the checkpoints,
+        which the model replaces.
+
+        Args:
+            columns: "before", "after", ... -> split -> metrics. "held_out" is written under the
+                column's name, "unseen" under the name with "_unseen" behind it; "samples" are
+                printed only. model_folder: of the model that training began with; empty: a new one.
+                extra: keys of one script alone.
+        """
+        speed = round(self.tokens / self.seconds, 1) if self.seconds else None
+        facts = {
+            "script": self.script.name,
+            "args": {k: v for k, v in dataclasses.asdict(self._args).items() if k != "resume"},
+            "steps": self.step,
+            "seconds": round(self.seconds, 3),
+            "tokens_per_second": speed,
+            **summary.machine(self.device),
+            **summary.sources(model_folder, data_sha256),
+            "kl_samples": getattr(self._args, "kl_samples", None),
+        }
+        for name, splits in columns.items():
+            for split, metrics in splits.items():
+                key = name if split == "held_out" else f"{name}_{split}"
+                facts[key] = {k: v for k, v in metrics.items() if k != "samples"}
+        if is_main_process():
+            summary.draw_curves(self.folder)
+            write_json(self.folder / "summary.json", facts | (extra or {}))
+            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+            summary.print_end_table(columns, self.folder, speed)
+        wait_for_all()
+        if world_size() > 1:
+            dist.destroy_process_group()
+
+
+def quiet_libraries() -> None:
+    """No progress bars or advice from the libraries: what a run prints is its own."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
