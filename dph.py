@@ -142,7 +142,7 @@ def pull_to_prior(model, prior: dict[str, torch.Tensor], rate: float) -> None:
 
 
 def prior_weights(model) -> dict[str, torch.Tensor]:
-    """The matrices that prior regularisation pulls back; biases, norms and embeddings are exempt."""
+    """The matrices that prior regularisation pulls back: no biases, norms or embeddings."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     embeddings.add(id(model.get_output_embeddings().weight))
     return {name: p.detach() for name, p in model.named_parameters() if p.dim() > 1 and id(p) not in embeddings}

@@ -3,7 +3,7 @@
 "New Desiderata for DPO", arXiv 2407.09072. For a prompt x, chosen answer y_w and rejected y_l:
     loss = -log sigma(log pi(y_w|x) - log pi(y_l|x)) + lambda * KL[ref(.|x) || pi(.|x)]
 
-The first term fits p(y_w > y_l) = pi(y_w) / (pi(y_w) + pi(y_l)): no reference ratio, no temperature.
+The first term fits p(y_w > y_l) = pi(y_w) / (pi(y_w) + pi(y_l)): no ratio, no temperature.
 The second is estimated on answers that the reference sampled before training: the sum over their
 tokens of the KL between the next-token distributions, over the whole vocabulary. log pi(y|x) is the
 sum over the answer's tokens, its EOS included. As lambda goes to 0 the minimiser goes to the policy

@@ -19,8 +19,7 @@ from common.processes import is_main_process, wait_for_all, world_size
 
 def newest(folder: Path) -> Path | None:
     """The newest whole checkpoint of a run: they get their name when they are complete, so whatever
-    has the name is whole.
-    """
+    has the name is whole."""
     return max((folder / "checkpoints").glob("step-*"), default=None)
 
 
@@ -60,8 +59,7 @@ def save_model(model, tokenizer, folder: Path) -> None:
 
 def save(folder: Path, model, optimizer, tokenizer, state: dict, device) -> Path:
     """Writes a checkpoint of weights, optimiser, random numbers and `state` in a run's folder, and
-    removes older ones.
-    """
+    removes older ones."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)

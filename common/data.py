@@ -27,8 +27,7 @@ SPLITS = {"train": "Training rows", "held_out": "Held-out rows", "unseen": "Rows
 def split_by_prompt(rows: list[tuple], share: float, seed: int) -> tuple[list, list]:
     """(train, held out): `share` of the distinct prompts, never of the rows, is held out.
 
-    A row's first element is its prompt.
-    """
+    A row's first element is its prompt."""
     keys = [json.dumps(row[0] or row[1]) for row in rows]  # without a prompt the text itself decides
     distinct = sorted(set(keys))
     random.Random(seed).shuffle(distinct)
@@ -71,8 +70,7 @@ def encode_row(tokenizer, prompt, answers: list, max_length: int) -> tuple[dict 
 
 def text_ids(tokenizer, prompt: str, answers: list[str]) -> tuple[tuple | None, str | None]:
     """((prompt ids, ids of prompt + answer for each, boundary, whether each ends in EOS), None) of
-    strings.
-    """
+    strings."""
     eos = tokenizer.eos_token_id
     prompt_ids = tokenizer(prompt).input_ids
     whole = [tokenizer(prompt + answer).input_ids for answer in answers]
@@ -109,8 +107,7 @@ def encode_rows(tokenizer, texts: list[tuple], max_length: int, dropped=None, an
     """Encodes rows (prompt, answer, ..., value, ...): `answers` answers, then a value for each name
     in `columns`.
 
-    Rows that cannot be used are counted by reason beside those in `dropped`.
-    """
+    Rows that cannot be used are counted by reason beside those in `dropped`."""
     rows = Rows(seen=len(texts) + sum((dropped or {}).values()), dropped=dropped)
     for text in texts:
         prompt, *rest = text
@@ -125,8 +122,7 @@ def encode_rows(tokenizer, texts: list[tuple], max_length: int, dropped=None, an
 
 def usable(rows: list[tuple[str, dict]], of_row) -> tuple[list[tuple], Counter]:
     """The usable ones among rows as read, and how many were dropped for which reason; `of_row` is
-    `pair_of_row` or its like.
-    """
+    `pair_of_row` or its like."""
     kept, dropped = [], Counter()
     for where, row in rows:
         texts, reason = of_row(where, row)
@@ -167,8 +163,7 @@ def read_splits(
 def describe_splits(splits: dict[str, Rows], data: str, eval_data: str | None, say) -> None:
     """Says what was read and dropped.
 
-    Raises InputError where no row is left to train on, or none of `--eval-data`.
-    """
+    Raises InputError where no row is left to train on, or none of `--eval-data`."""
     for name, rows in splits.items():
         say(rows.describe(SPLITS[name]))
     uses = {"train": (f"--data {data}", "train on"), "held_out": (f"--eval-data {eval_data}", "evaluate on")}
@@ -182,8 +177,7 @@ def load_pairs(data: str, eval_data: str | None, holdout: float, seed: int, toke
     """Preference pairs as {"train": Rows, "held_out": Rows, "unseen": Rows (toy only)}, and the
     sha256 of the rows as read.
 
-    Drops are counted by reason and said. Raises InputError where no row is left.
-    """
+    Drops are counted by reason and said. Raises InputError where no row is left."""
     texts, digest = read_splits(data, eval_data, holdout, seed, base.pairs, pair_of_row)
     splits = {name: encode_rows(tokenizer, pairs, max_length, dropped) for name, (pairs, dropped) in texts.items()}
     describe_splits(splits, data, eval_data, say)
@@ -193,8 +187,7 @@ def load_pairs(data: str, eval_data: str | None, holdout: float, seed: int, toke
 def scale_of(labels: list[float], how: str):
     """(function to [0, 1] fitted to labels, words that tell it). how: "minmax", linear; "quantile",
     the share of the labels that are smaller, ties counting one half. Values outside what was seen
-    go to 0 or 1.
-    """
+    go to 0 or 1."""
     ordered = sorted(labels)
     low, high = ordered[0], ordered[-1]
     if low == high:
@@ -212,8 +205,7 @@ def scale_of(labels: list[float], how: str):
 
 def read_labelled(data, eval_data, holdout, seed, labels: str, from_pairs: bool, unlabelled: bool):
     """`read_splits` of labelled answers, (prompt, answer, label); `from_pairs`: the chosen ones
-    labelled 1, the rejected 0.
-    """
+    labelled 1, the rejected 0."""
     if not from_pairs:
         of_toy = functools.partial(base.labelled, continuous=labels == "continuous")
         of_row = functools.partial(labelled_of_row, unlabelled=unlabelled)
@@ -243,8 +235,7 @@ def load_labelled(
     """Labelled answers as {"train": Rows, "held_out": Rows, "unseen": Rows (toy only)}, the sha256
     of the rows as read, and the kind of labels, "binary" (all 0 or 1) or "continuous".
 
-    Rows have a column "labels". What was read is said. Raises InputError where no row is left.
-    """
+    Rows have a column "labels". What was read is said. Raises InputError where no row is left."""
     texts, digest = read_labelled(data, eval_data, holdout, seed, labels, from_pairs, unlabelled)
     values = [label for _, _, label in texts["train"][0]]
     kind = labels if labels != "auto" else "binary" if set(values) <= {0.0, 1.0} else "continuous"
@@ -299,8 +290,7 @@ def load_prompts(
     """Distinct prompts as {"train": Rows, "held_out": Rows, "unseen": Rows (toy only)}, and the
     sha256 of the rows as read.
 
-    A prompt must leave room for `max_new_tokens`. Raises InputError where no row is left.
-    """
+    A prompt must leave room for `max_new_tokens`. Raises InputError where no row is left."""
     texts, digest = read_splits(data, eval_data, holdout, seed, base.prompts, prompt_of_row)
     splits = {}
     for name, (rows, dropped) in texts.items():
@@ -317,8 +307,7 @@ def load_demonstrations(
     """Demonstrations as {"train": Rows, "held_out": Rows, "unseen": Rows (toy only)}, and the
     sha256 of the rows as read.
 
-    On the toy they are the chosen answers of the pairs. Raises InputError where no row is left.
-    """
+    On the toy they are the chosen answers of the pairs. Raises InputError where no row is left."""
 
     def chosen_answers(seed: int, flip: float) -> dict:
         return {name: [pair[:2] for pair in pairs] for name, pairs in base.pairs(seed, flip).items()}
@@ -336,8 +325,7 @@ def half_of(rows: Rows, which: str) -> Rows:
 
     A hash decides for each prompt alone, whatever else is in the rows: two runs on different halves
     share no prompt, even where their seeds hold out different ones. A half has about half of the
-    prompts.
-    """
+    prompts."""
     if which == "all":
         return rows
     kept = []

@@ -45,8 +45,7 @@ def kl_of_samples(
 
     At each token the full-vocabulary KL is taken; its sum along samples of the policy at
     temperature 1 is an unbiased estimate of the KL per completion, never negative and of lower
-    variance than the log-ratio of the sampled tokens.
-    """
+    variance than the log-ratio of the sampled tokens."""
     device, values = next(policy.parameters()).device, []
     for start in range(0, len(prompts), batch_size):
         chunk = list(zip(prompts[start : start + batch_size], completions[start : start + batch_size]))
@@ -77,8 +76,7 @@ def distinct_prompts(rows: list[dict], longest: int) -> list[tuple]:
 
 def spread_evenly(count: int, items: int) -> list[int]:
     """`count` numbers of items: as often each, or where there are more items than that, evenly
-    spaced ones.
-    """
+    spaced ones."""
     return [i * items // count if count < items else i % items for i in range(count)]
 
 
@@ -149,8 +147,7 @@ def evaluate_samples(
 
 def kl_to_reference(policy, ref_model, prompts, completions, pad_id: int, best_of: int, autocast) -> torch.Tensor:
     """KL in nats along each completion, [samples], float64: 0 without a reference, an upper bound
-    for best of n.
-    """
+    for best of n."""
     if ref_model is None:
         return torch.zeros(len(prompts), dtype=torch.float64)
     tiny = is_tiny(policy)
@@ -172,8 +169,7 @@ def sample_rows(
     model, tokenizer, rows: list[dict], n: int, max_new_tokens: int, seed: int, autocast
 ) -> list[list[list[int]]]:
     """`n` answers sampled at temperature 1 to the prompt of each row, as token ids, [rows][n];
-    shared out over the processes.
-    """
+    shared out over the processes."""
     if not rows:
         return []
     limit = context_length(model)
@@ -189,8 +185,7 @@ def score_candidates(
     rewards, prompts: list[list[int]], groups: list[list[list[int]]], pad_id: int, autocast, device
 ) -> torch.Tensor:
     """Rewards of sampled answers, [prompts, n]: each answer in a line of its own, `rewards(batch)`
-    -> [sequences].
-    """
+    -> [sequences]."""
     rows = [{"prompt": prompt, "completions": group} for prompt, group in zip(prompts, groups)]
     size = 64 if len(groups[0]) * row_length(rows[0]) < 4096 else 4
     parts = []

@@ -27,8 +27,7 @@ def common_prefix(a, b) -> int:
 def split_implicit_prompt(chosen: str, rejected: str) -> tuple[str, str, str]:
     """(prompt, chosen, rejected) of two whole texts: cut after the last common "\\n\\nAssistant:",
     else before the last whitespace ahead of the first difference, so that no word is cut and the
-    whitespace belongs to the completions. The prompt may come out empty.
-    """
+    whitespace belongs to the completions. The prompt may come out empty."""
     same = common_prefix(chosen, rejected)
     turn = chosen.rfind(MARKER, 0, same)
     if turn >= 0:
@@ -57,8 +56,7 @@ def pair_of_row(where: str, row: dict) -> tuple[tuple | None, str | None]:
     for a row to drop.
 
     Raises InputError where a column is missing. Without `prompt` the prompt is implicit: what both
-    answers begin with.
-    """
+    answers begin with."""
     for field in ("chosen", "rejected"):
         if field not in row:
             raise InputError(
@@ -122,8 +120,7 @@ def number_of(value: object, from_text: bool) -> float | None:
     """A label as a number: a finite number, or true or false; as text too where the file has
     nothing else (.csv).
 
-    None for all others, among them 1_000, which Python alone would read as a number.
-    """
+    None for all others, among them 1_000, which Python alone would read as a number."""
     if from_text and isinstance(value, str):
         word = value.strip().lower()
         if word in {"true", "false"}:
@@ -144,8 +141,7 @@ def labelled_of_row(where: str, row: dict, unlabelled: bool = False) -> tuple[tu
 
     The answer is in `completion` or `response`, or all is in `text` and there is no prompt; the
     label is in `label` or `score`. Raises InputError where a column is missing. unlabelled: rows
-    without a label are demonstrations, with label 1.
-    """
+    without a label are demonstrations, with label 1."""
     answer = next((name for name in ("completion", "response", "text") if name in row), None)
     label = next((name for name in ("label", "score") if name in row), None)
     if answer is None or (answer != "text" and "prompt" not in row):
@@ -182,8 +178,7 @@ def labelled_of_row(where: str, row: dict, unlabelled: bool = False) -> tuple[tu
 
 def prompt_of_row(where: str, row: dict) -> tuple[tuple | None, str | None]:
     """((prompt,), None) or (None, reason): `prompt`, as a string or chat messages, or what both
-    sides of a pair begin with.
-    """
+    sides of a pair begin with."""
     if "prompt" not in row:
         if "chosen" not in row:
             raise InputError(
@@ -201,8 +196,7 @@ def prompt_of_row(where: str, row: dict) -> tuple[tuple | None, str | None]:
 
 def demonstration_of_row(where: str, row: dict) -> tuple[tuple | None, str | None]:
     """((prompt, answer), None) or (None, reason): the chosen side of a pair, or an answer without a
-    label or labelled 1.
-    """
+    label or labelled 1."""
     if "chosen" in row:
         texts, reason = pair_of_row(where, row)
         return (texts[:2] if texts else None), reason

@@ -46,8 +46,7 @@ def read_rows(source: str) -> list[tuple[str, dict]]:
 
     Formats by ending: .jsonl, .json (a list of objects, or lines), .csv, .parquet, each also with
     .gz. Values keep the types they have in the file. Raises InputError for a missing, empty or
-    unreadable file, naming the line.
-    """
+    unreadable file, naming the line."""
     path = Path(source)
     if not path.is_file():
         raise InputError(f"{source}: no such file.")
@@ -144,8 +143,7 @@ def read_json_list(source: str, text: str) -> list[tuple[str, dict]]:
 
 def line_of_bad_row(text: str) -> int | None:
     """The line on which the first unreadable element of a JSON list begins; None where it cannot be
-    told.
-    """
+    told."""
     decoder = json.JSONDecoder(object_pairs_hook=unique_fields)
     place = text.index("[") + 1
     while place < len(text):
@@ -176,8 +174,7 @@ def first_line(error: Exception) -> str:
 
 def read_hub(name: str) -> dict[str, list[tuple[str, dict]]]:
     """Splits of a data set of the hub, `name` or `name:subset` (a configuration or a data folder),
-    as {"train": rows, "test": rows or absent}.
-    """
+    as {"train": rows, "test": rows or absent}."""
     import datasets
 
     name, _, subset = name.partition(":")

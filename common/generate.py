@@ -26,8 +26,7 @@ def sample(
     temperature 0 is greedy. `banned_ids` are never sampled, the others share their probability.
     `batch_size` None: by the size of the model. Prompts are padded on the left, with position ids
     from the mask. The caller's random numbers are untouched. With several processes each must call
-    with the same number of prompts.
-    """
+    with the same number of prompts."""
     from transformers import GenerationConfig
 
     device = next(model.parameters()).device
@@ -92,8 +91,7 @@ def text_after(tokenizer, prompt: list[int], completion: list[int]) -> str:
     """The text that a completion adds to its prompt, its EOS left out: with the white space between
     them, which decoding it alone can lose.
 
-    A reward model must read prompt + answer as it read them in training.
-    """
+    A reward model must read prompt + answer as it read them in training."""
     ids = completion[:-1] if completion and completion[-1] == tokenizer.eos_token_id else completion
     before, whole, alone = (
         tokenizer.decode(x, skip_special_tokens=False, clean_up_tokenization_spaces=False)

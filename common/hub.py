@@ -13,8 +13,7 @@ def check_hub_id(name: str, kind: str, flag: str = "") -> None:
     nothing.
 
     One request with a short limit, instead of the libraries' half a minute of retries. `kind` is
-    "model" or "dataset".
-    """
+    "model" or "dataset"."""
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 

@@ -23,16 +23,14 @@ def accuracy(scores: torch.Tensor, ties_say_nothing: bool = False) -> float | No
 
 def correctness(scores: torch.Tensor) -> torch.Tensor:
     """1 for each row whose chosen answer scores higher, .5 for a tie, else 0: [rows], from [rows,
-    2].
-    """
+    2]."""
     chosen, rejected = scores.unbind(1)
     return (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
 
 
 def pair_accuracies(logps: torch.Tensor, rewards: torch.Tensor) -> dict:
     """ "preference_accuracy" of log-probabilities and "reward_accuracy" of rewards, [rows, 2] each,
-    with their errors.
-    """
+    with their errors."""
     metrics: dict = {}
     for name, scores in (("preference_accuracy", logps), ("reward_accuracy", rewards)):
         value = accuracy(scores, ties_say_nothing=name == "reward_accuracy")

@@ -15,8 +15,7 @@ UNLIMITED = 1 << 30  # positions, where a configuration names no limit
 
 def resolve_model(name: str, seed: int = 0, flag: str = "--model") -> str:
     """A local folder for `toy`, a folder, or a hub id (downloaded: safetensors where there are any,
-    no other formats beside them).
-    """
+    no other formats beside them)."""
     if name == "toy":
         from toy import base
 
@@ -66,8 +65,7 @@ def choose_pad_id(tokenizer) -> int:
 
     The unknown token where it is not EOS, else a token that is named for it, else the last ordinary
     one: in a BPE vocabulary the rarest merge. Training masks by length, so the choice matters only
-    to sequence-classification loaders, which look for the last token that is not padding.
-    """
+    to sequence-classification loaders, which look for the last token that is not padding."""
     vocabulary = tokenizer.get_vocab()
     ends = {tokenizer.eos_token_id, tokenizer.bos_token_id}
     named = [tokenizer.unk_token, "<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>"]
@@ -80,8 +78,7 @@ def choose_pad_id(tokenizer) -> int:
 def load_model(folder: str, device, tokenizer=None):
     """A causal LM in float32 with dropout off, its pad id set to the tokenizer's.
 
-    Float32 weights: bf16 ones do not move at lr 1e-6.
-    """
+    Float32 weights: bf16 ones do not move at lr 1e-6."""
     from transformers import AutoModelForCausalLM
 
     try:
@@ -99,8 +96,7 @@ def load_model(folder: str, device, tokenizer=None):
 
 def fuse_gelu(model: torch.nn.Module) -> None:
     """GPT-2's GELU, which transformers spells out in eight operations, as torch's one: the same
-    function, a tenth less time, a quarter less memory.
-    """
+    function, a tenth less time, a quarter less memory."""
     for module in model.modules():
         for name, child in module.named_children():
             if type(child).__name__ == "NewGELUActivation":
@@ -109,8 +105,7 @@ def fuse_gelu(model: torch.nn.Module) -> None:
 
 def load_weights(folder: str | Path, name: str) -> dict[str, torch.Tensor]:
     """The weight called `name` of a model folder as {name: tensor}, or {} where its safetensors
-    hold none of that name.
-    """
+    hold none of that name."""
     for path in sorted(Path(folder).glob("model*.safetensors")):
         with safetensors.safe_open(path, "pt") as file:
             if name in set(file.keys()):
@@ -120,8 +115,7 @@ def load_weights(folder: str | Path, name: str) -> dict[str, torch.Tensor]:
 
 def disable_dropout(model: torch.nn.Module) -> None:
     """Sets every dropout probability to 0, those of functional dropout included, and leaves the
-    saved configuration as it is.
-    """
+    saved configuration as it is."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -141,8 +135,7 @@ def context_length(model) -> int:
 
 def length_limit(wanted: int | None, model, tokenizer=None) -> int:
     """`--max-length`, by default the smaller of 1024 and the model's context; InputError where it
-    is more than the context. An encoder's tokenizer may allow less than the model has positions.
-    """
+    is more than the context. An encoder's tokenizer may allow less than the model has positions."""
     context = min(context_length(model), getattr(tokenizer, "model_max_length", UNLIMITED))
     if wanted is not None and wanted > context:
         raise InputError(f"--max-length {wanted}: the model's context has {context} positions.")
@@ -154,8 +147,7 @@ def bind_forward(model, function):
     works on a sharded model too.
 
     fully_shard gathers weights around forward() only; a function that calls parts of the model must
-    be registered as a forward method.
-    """
+    be registered as a forward method."""
     if hasattr(model, "set_requires_gradient_sync"):  # only a fully_shard model has it
         from torch.distributed.fsdp import register_fsdp_forward_method
 
@@ -167,8 +159,7 @@ def bind_forward(model, function):
 
 def shard(model):
     """Splits weights, gradients and optimiser state over all processes with torch's fully_shard,
-    block by block.
-    """
+    block by block."""
     from torch.distributed.fsdp import fully_shard
 
     blocks = set(getattr(model, "_no_split_modules", None) or [])

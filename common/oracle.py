@@ -52,8 +52,7 @@ def plain_logps(model, sequences, pad_id: int, batch_size: int = 8) -> torch.Ten
 @torch.no_grad()
 def plain_rewards(model, head: torch.Tensor, sequences: list[tuple[list[int], list[int]]]) -> list[float]:
     """Rewards of a head [1, hidden] at each sequence's last token, one sequence at a time without
-    padding, float32.
-    """
+    padding, float32."""
     device, rewards = next(model.parameters()).device, []
     for prompt, completion in sequences:
         hidden = model.base_model(
@@ -65,8 +64,7 @@ def plain_rewards(model, head: torch.Tensor, sequences: list[tuple[list[int], li
 
 def sequences_of(rows: list[dict]) -> list[tuple[list[int], list[int]]]:
     """(prompt, completion) answer by answer, in the order of `collate`: all first completions, then
-    all second ones.
-    """
+    all second ones."""
     return [(row["prompt"], row["completions"][j]) for j in range(len(rows[0]["completions"])) for row in rows]
 
 
@@ -76,8 +74,7 @@ def changes_logits(model, ids: list[int]) -> bool:
     logits does.
 
     Measured with a product a thousand times too large: a cap is nearly invisible on the small
-    logits that training may begin with.
-    """
+    logits that training may begin with."""
     enlarged = []
 
     def enlarge(module, inputs, output):
@@ -111,8 +108,7 @@ def choose_layout(logps_of, model, splits: dict, pad_id: int, device, share_prom
     soft-capping would be wrong without a word, so this is measured before the first step.
     `logps_of(batch)` returns summed log-probabilities [sequences]. A change of layout is said.
 
-    Raises InputError where no layout agrees.
-    """
+    Raises InputError where no layout agrees."""
     rows = longest_rows(splits)
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")

@@ -57,8 +57,7 @@ def start_run(args, script: str):
     that it began with.
 
     Raises InputError for arguments out of range, a name that is taken, or a folder that cannot be
-    resumed.
-    """
+    resumed."""
     if world_size() > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     if args.resume:
@@ -103,8 +102,7 @@ def resumed_arguments(args, script: str):
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     """Linear warm-up, then linear decay to 0.
 
-    `warmup` below 1 is a share of all steps, else a number of steps.
-    """
+    `warmup` below 1 is a share of all steps, else a number of steps."""
     warmup = warmup * steps if warmup < 1 else warmup
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
@@ -115,16 +113,14 @@ def means_of(sums: dict[str, float], count: float) -> dict[str, float]:
     """Summed metrics as means over `count` things, or, where there is a "count NAME" beside a NAME,
     over what that counts.
 
-    nan where it counts nothing.
-    """
+    nan where it counts nothing."""
     counts = {name: sums.get(f"count {name}", count) for name in sums if not name.startswith("count ")}
     return {name: sums[name] / count if count else math.nan for name, count in counts.items()}
 
 
 class Run:
     """A run of a script, made by `start_run`: `device`, `dtype`, `folder`, `checkpoint` (to go on
-    from, or None), `step`.
-    """
+    from, or None), `step`."""
 
     def __init__(self, args, script: str):
         self._args, self.script = args, Path(script)
@@ -166,8 +162,7 @@ class Run:
         sharding.
 
         Call before the optimiser is made. dynamic: whether batches differ in shape, for the
-        compiler; None: it finds out.
-        """
+        compiler; None: it finds out."""
         if self.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ and is_tiny(model):
             torch.set_num_threads(1)
         if self._args.gradient_checkpointing:
@@ -180,8 +175,7 @@ class Run:
         """Makes the run's folder once model and data were found to be good, so that a wrong path
         leaves nothing behind.
 
-        It gets its name when it is complete: a kill at any moment leaves no half of one.
-        """
+        It gets its name when it is complete: a kill at any moment leaves no half of one."""
         if is_main_process() and not (self.folder / "args.json").exists():
             aside = self.folder.with_name(f".{self.folder.name}.part")
             shutil.rmtree(aside, ignore_errors=True)
@@ -196,8 +190,7 @@ class Run:
         """A dict of tensors computed once and kept in the run folder; a resumed run loads it.
 
         Recomputed in other batches it would differ in the last digits. Random numbers are left as
-        they were.
-        """
+        they were."""
         self._make_folder()
         path = self.folder / f"{name}.safetensors"
         if self._args.resume and path.exists():
@@ -232,8 +225,7 @@ class Run:
     def steps(self, plan: list[list]):
         """(step, its rows) for what is left of a plan, under a progress bar.
 
-        Ctrl-C and SIGTERM end the step at hand, save and say how to go on.
-        """
+        Ctrl-C and SIGTERM end the step at hand, save and say how to go on."""
         from tqdm import tqdm
 
         def stop(number, frame):
@@ -262,16 +254,14 @@ class Run:
 
     def micro_batches(self, rows: list) -> list[tuple[list, float]]:
         """This process's share of a step's rows as (rows, weight); losses are multiplied by their
-        weight.
-        """
+        weight."""
         return micro_batches(rows, self._args.micro_batch_size, rank(), world_size())
 
     def accumulate(self, metrics: dict, weight: float) -> None:
         """Adds a micro-batch's summed metrics to the step at hand.
 
         They stay on the device until they are logged, as means over the step's rows, or over "count
-        NAME" where that stands beside NAME.
-        """
+        NAME" where that stands beside NAME."""
         if not self._pending or "step" in self._pending[-1]:
             self._pending.append({"sums": {}})
         sums = self._pending[-1]["sums"]
@@ -303,14 +293,12 @@ class Run:
 
     def is_time(self, every: int) -> bool:
         """Whether something done every so many steps is due after the step just closed; always so
-        after the last one.
-        """
+        after the last one."""
         return self.step % every == 0 or self.step == self.total
 
     def is_time_to_save(self) -> bool:
         """Whether a checkpoint is due: every --save-every steps, after the last one, and when the
-        run was told to stop.
-        """
+        run was told to stop."""
         return self.is_time(self._args.save_every) or self.stopping > 0
 
     def _agreed_stop(self) -> int:
@@ -323,8 +311,7 @@ class Run:
 
     def _read_metrics(self) -> None:
         """Brings the metrics since the last reading from the device; stops the run where one is not
-        finite.
-        """
+        finite."""
         steps, self._pending = self._pending, []
         names = list(steps[0]["sums"])
         table = torch.stack([torch.stack([step["sums"][name].double() for name in names]) for step in steps])
@@ -375,8 +362,7 @@ class Run:
 
     def _passes(self, function, batch_of, rows: list):
         """(numbers of rows, weight, function(batch)) over all rows, in micro-batches of similar
-        length, on this process.
-        """
+        length, on this process."""
         order = sorted(range(len(rows)), key=lambda i: row_length(rows[i]))
         for numbers, weight in self.micro_batches(order):
             with torch.no_grad(), self.autocast():
@@ -403,8 +389,7 @@ class Run:
 
     def evaluate_loss(self, function, batch_of, rows: list, per_row: int = 1) -> dict[str, float]:
         """`function(batch)` -> (loss, summed metrics): the metrics as means over all rows, or over
-        `per_row` tokens in each.
-        """
+        `per_row` tokens in each."""
         sums: dict = {}
         for _, weight, (_, metrics) in self._passes(function, batch_of, rows):
             for name, value in metrics.items():
@@ -418,8 +403,7 @@ class Run:
 
     def save(self, model, optimizer, tokenizer) -> None:
         """A checkpoint of everything that the rest of the run depends on; the one before it is
-        removed.
-        """
+        removed."""
         state = {"step": self.step, "seconds": self.seconds, "tokens": self.tokens, "window": self._window}
         self.checkpoint = checkpoints.save(self.folder, model, optimizer, tokenizer, state, self.device)
 
@@ -429,8 +413,7 @@ class Run:
 
     def restore(self, model, optimizer) -> None:
         """Optimiser state and random numbers of the checkpoint; the weights were loaded from its
-        folder.
-        """
+        folder."""
         if self.checkpoint:
             checkpoints.restore(self.checkpoint, model, optimizer, self.device)
 

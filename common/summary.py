@@ -54,8 +54,7 @@ METRICS = {  # what the end table calls each metric, in this order
 
 def git_commit() -> str | None:
     """The commit of the code that runs, with "+" where files differ from it; None outside a git
-    checkout.
-    """
+    checkout."""
     git = ["git", "-C", str(ROOT)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
@@ -104,8 +103,7 @@ def machine(device) -> dict:
 
 def sources(model_folder: str, data_sha256: str) -> dict:
     """Hashes of what a run read: the rows, and the weights of the model that it began with (None: a
-    new one).
-    """
+    new one)."""
     return {"data_sha256": data_sha256, "model_sha256": sha256_of_model(model_folder) if model_folder else None}
 
 
@@ -196,8 +194,7 @@ def tracker(kind: str, folder: Path, args: dict):
 
 def draw_curves(folder: Path) -> None:
     """curves.png from metrics.jsonl: a panel for each metric, training and held-out; nothing
-    without matplotlib.
-    """
+    without matplotlib."""
     try:
         import matplotlib
     except ImportError:
