@@ -439,14 +439,17 @@ def main(args: Args) -> None:
     del optimizer
     ref_model = run.prepare(models.load_model(ref_folder, run.device, tokenizer))
     columns = {"before": before, "after": report(ref_model)}
+
     # [method]
     # Best of n: the head picks among answers of the trained and of the untouched LM.
+    def rewards_of(batch: dict) -> torch.Tensor:
+        return scores_of(batch)[1]
+
     candidates = []
     for column, sampled_from in (("after_best_of_n", model), ("reference_best_of_n", ref_model)):
         columns[column] = {}
         for name in before:
-            best_of = {"best_of": args.n, "rewards": lambda batch: scores_of(batch)[1]}
-            picked = samples_of(sampled_from, ref_model, splits[name], **best_of)
+            picked = samples_of(sampled_from, ref_model, splits[name], best_of=(args.n, rewards_of))
             lines = picked.pop("candidates", [])
             candidates += [{"column": column, "split": name, **line} for line in lines]
             columns[column][name] = picked

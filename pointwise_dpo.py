@@ -318,11 +318,12 @@ class Args:
 
 def main(args: Args) -> None:
     try:
-        from common import batches, data, evaluate, metrics, models, oracle
+        from common import batches, evaluate, metrics, models, oracle
         from common.run import start_run
+        from labelled.rows import load_labelled
         from toy.base import judge_of
     except ImportError as error:
-        raise SystemExit(f"Training needs the folders common/ and toy/ beside this file. ({error})") from None
+        raise SystemExit(f"Training needs common/, labelled/ and toy/ beside this file. ({error})") from None
     run, args = start_run(args, __file__)
 
     # The policy, which before its first step is also the reference.
@@ -342,7 +343,7 @@ def main(args: Args) -> None:
     rows_from = (args.data, args.eval_data, args.holdout, args.seed)
     label_options = {"labels": args.labels, "label_scale": args.label_scale, "from_pairs": args.from_pairs}
     label_options["unlabelled"] = not LABEL_NEEDED
-    splits, data_sha256, label_kind = data.load_labelled(*rows_from, tokenizer, max_length, **label_options)
+    splits, data_sha256, label_kind = load_labelled(*rows_from, tokenizer, max_length, **label_options)
     plan = batches.plan_batches(splits["train"], args.batch_size, args.epochs, args.max_steps, args.seed)
     splits["train"], plan = batches.planned_rows(splits["train"], plan)
     pad_id = tokenizer.pad_token_id

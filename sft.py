@@ -197,11 +197,12 @@ class Args:
 
 def main(args: Args) -> None:
     try:
-        from common import batches, data, evaluate, models, oracle
+        from common import batches, evaluate, models, oracle
         from common.run import start_run
+        from labelled.rows import load_demonstrations
         from toy.base import judge_of
     except ImportError as error:
-        raise SystemExit(f"Training needs the folders common/ and toy/ beside this file. ({error})") from None
+        raise SystemExit(f"Training needs common/, labelled/ and toy/ beside this file. ({error})") from None
     run, args = start_run(args, __file__)
 
     # The policy.
@@ -214,7 +215,7 @@ def main(args: Args) -> None:
     # The rows, and the order in which training sees them.
     max_length = models.length_limit(args.max_length, model)
     rows_from = (args.data, args.eval_data, args.holdout, args.seed)
-    splits, data_sha256 = data.load_demonstrations(*rows_from, tokenizer, max_length)
+    splits, data_sha256 = load_demonstrations(*rows_from, tokenizer, max_length)
     plan = batches.plan_batches(splits["train"], args.batch_size, args.epochs, args.max_steps, args.seed)
     splits["train"], plan = batches.planned_rows(splits["train"], plan)
     pad_id = tokenizer.pad_token_id

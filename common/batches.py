@@ -42,21 +42,14 @@ class Rows(list):
         return "; ".join(parts) + "."
 
 
-def row_tokens(row: dict) -> int:
-    """Real tokens of a row as its answers are read one by one: prompt + completion for each,
-    without padding."""
-    return sum(len(row["prompt"]) + len(ids) for ids in row["completions"])
-
-
 def row_length(row) -> int:
-    """Length of a row in the shared-prompt layout, in tokens; 0 for a number, which stands for a
-    chunk like all others."""
+    """Tokens of a row in the shared-prompt layout; 0 for a number, which stands for a chunk."""
     return len(row["prompt"]) + sum(map(len, row["completions"])) if isinstance(row, dict) else 0
 
 
 def count_tokens(rows: list[dict]) -> int:
-    """Real tokens of rows, however the batch is laid out."""
-    return sum(map(row_tokens, rows))
+    """Real tokens of rows, answers read one by one: prompt + completion for each, no padding."""
+    return sum(len(row["prompt"]) + len(ids) for row in rows for ids in row["completions"])
 
 
 def plan_batches(rows: list[dict], batch_size: int, epochs: float, max_steps: int, seed: int) -> list[list[int]]:
@@ -180,8 +173,7 @@ def collate(rows: list[dict], pad_id: int, layout: str, device) -> dict:
 
 
 def attention_mask(segments: torch.Tensor, layout: str) -> torch.Tensor:
-    """The mask of lines whose tokens belong to `segments` [lines, length]: 0 prompt, 1.. an answer,
-    -1 padding."""
+    """The mask of lines from `segments` [lines, length]: 0 prompt, 1.. an answer, -1 padding."""
     if layout != "shared":
         return (segments >= 0).long()
     length = segments.shape[1]

@@ -37,8 +37,7 @@ def shard_items(items: list) -> list:
 
 
 def gather(items: list) -> list:
-    """All processes' items on every process: the first ones of each, then the second ones, and so
-    on."""
+    """All processes' items on every process: the first ones of each, then the second ones, ..."""
     if world_size() == 1:
         return items
     parts: list = [None] * world_size()
