@@ -146,8 +146,6 @@ def prior_weights(model) -> dict[str, torch.Tensor]:
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     embeddings.add(id(model.get_output_embeddings().weight))
     return {name: p.detach() for name, p in model.named_parameters() if p.dim() > 1 and id(p) not in embeddings}
-
-
 # [/method]
 def pair_metrics(losses, chosen_rewards, rejected_rewards, chosen_logps, rejected_logps) -> dict[str, torch.Tensor]:
     """Metrics of a micro-batch, each summed over its pairs, on the device.
@@ -276,7 +274,6 @@ class Args:
             raise SystemExit(f"--head-lr {self.head_lr}: expected a positive number.")
         if self.n < 1:
             raise SystemExit(f"--n {self.n}: expected at least 1.")
-
     # [/method]
     model: str = "toy"
     """toy, a hub id, or a folder, a run among them: the policy's start and the reference."""
@@ -439,7 +436,6 @@ def main(args: Args) -> None:
     del optimizer
     ref_model = run.prepare(models.load_model(ref_folder, run.device, tokenizer))
     columns = {"before": before, "after": report(ref_model)}
-
     # [method]
     # Best of n: the head picks among answers of the trained and of the untouched LM.
     def rewards_of(batch: dict) -> torch.Tensor:

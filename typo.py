@@ -93,20 +93,6 @@ def completion_logits(model, batch: dict) -> torch.Tensor:
     return model.get_output_embeddings()(hidden_states(model, batch)[batch["logit_index"]])
 
 
-def sample_answers(model, tokenizer, rows: list[dict], n: int, max_new_tokens: int, seed: int, autocast) -> list:
-    """`n` answers at temperature 1 to each row's prompt, as token ids, [rows][n]; for all processes."""
-    from common import generate, models, processes
-
-    # The longest prompt must leave room for its answer.
-    room = models.context_length(model) - max((len(row["prompt"]) for row in rows), default=0)
-    mine = processes.shard_items(rows) if rows else []
-    prompts = [row["prompt"] for row in mine for _ in range(n)]
-    shape = {"max_new_tokens": min(max_new_tokens, room), "seed": seed + 1000 * processes.rank() + 2}
-    completions = generate.sample(model, prompts, tokenizer, **shape, autocast=autocast) if prompts else []
-    groups = [completions[i : i + n] for i in range(0, len(completions), n)]
-    return processes.gather(groups)[: len(rows)]
-
-
 @torch.no_grad()
 def with_ref_sample(rows: list[dict], collate, ref_logits_of) -> dict:
     """A batch of pairs with `ref_sample`: the reference's answers to the prompts, its logits."""
@@ -317,7 +303,7 @@ def main(args: Args) -> None:
         # The reference's weights are kept while training; its answers become a column of the rows.
         anchor = run.prepare(models.load_model(ref_folder, run.device, tokenizer))
         shape = {"max_new_tokens": args.max_new_tokens, "seed": args.seed, "autocast": run.autocast}
-        sampled = partial(sample_answers, anchor, tokenizer, n=args.ref_samples, **shape)
+        sampled = partial(evaluate.sample_rows, anchor, tokenizer, n=args.ref_samples, **shape)
         ref_samples = run.cached_json("ref_samples", lambda: {name: sampled(rows) for name, rows in splits.items()})
         for name, rows in splits.items():
             for row, answers in zip(rows, ref_samples[name], strict=True):

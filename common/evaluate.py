@@ -134,6 +134,17 @@ def three_of(answers: list[tuple]) -> list[list]:
     return [first[key] for key in sorted(first)[:: max(1, len(first) // 3)][:3]]
 
 
+def sample_rows(model, tokenizer, rows: list[dict], n: int, max_new_tokens: int, seed: int, autocast) -> list:
+    """`n` answers at temperature 1 to the prompt of each row, as token ids, [rows][n]."""
+    if not rows:
+        return []
+    # The longest prompt must leave room for its answer.
+    room = min(max_new_tokens, context_length(model) - max(len(row["prompt"]) for row in rows))
+    prompts = [row["prompt"] for row in shard_items(rows) for _ in range(n)]
+    completions = sample(model, prompts, tokenizer, room, seed=seed + 1000 * rank() + 2, autocast=autocast)
+    return gather([completions[i : i + n] for i in range(0, len(completions), n)])[: len(rows)]
+
+
 @torch.no_grad()
 def score_candidates(rewards, prompts, groups: list[list[list[int]]], pad_id: int, autocast) -> torch.Tensor:
     """Rewards of sampled answers, [prompts, n], each in a line of its own."""

@@ -142,8 +142,6 @@ class Run:
             self._drop_later_metrics()
         torch.manual_seed(args.seed)
 
-    # -- the model and the folder
-
     def autocast(self):
         """The context of every forward pass."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -206,8 +204,6 @@ class Run:
         if is_main_process():
             write_json(path, value)
         return value
-
-    # -- the loop
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then linear decay to 0."""
@@ -314,8 +310,6 @@ class Run:
         cause = "the learning rate is likely too high" if step > 1 else "the model or a row likely holds extreme values"
         raise InputError(f"\nThe {what} of step {step} is not finite: {cause}. {kept}; the run is in {self.folder}.")
 
-    # -- lines of the run folder
-
     def log(self, split: str, metrics: dict) -> None:
         """One line of metrics.jsonl, and of the tracker where there is one."""
         if is_main_process() and metrics:
@@ -334,8 +328,6 @@ class Run:
         if path.exists():
             lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
             write_text(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= self.step))
-
-    # -- passes without gradients
 
     def _passes(self, function, batch_of, rows: list):
         """(numbers of rows, weight, function(batch)) over all rows, similar lengths together."""
@@ -369,8 +361,6 @@ class Run:
             return {}
         table = sum_over_processes(torch.stack(list(sums.values()))).tolist()
         return means_of(dict(zip(sums, table)), len(rows) * per_row)
-
-    # -- checkpoints and the end
 
     def save(self, model, optimizer, tokenizer) -> None:
         """A checkpoint of everything that the rest of the run depends on."""
