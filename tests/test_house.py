@@ -105,9 +105,7 @@ def test_fix_refuses_another_number_of_regions(copy, kind):
     if kind == "one region more":
         changed(path, TRUNK_LINE, "        # [method]\n        # [/method]\n" + TRUNK_LINE)
     else:
-        changed(
-            path, "        # [method]\n        optimizer.step()\n        # [/method]\n", "        optimizer.step()\n"
-        )
+        changed(path, "    # [method]\n    # [/method]\n", "")
     before = path.read_text()
     done = run_tool(copy, "--fix")
     assert done.returncode == 1
@@ -162,8 +160,8 @@ BREAKS = {
     "a long script": ("dpo.py", "CHUNK, BLOCK", "_ = 0\n" * 345 + "CHUNK, BLOCK", "dpo.py:1: "),
     "a field that nothing reads": (
         "dpo.py",
-        "    beta: float",
-        '    unread: float = 0.0\n    """Does nothing."""\n    beta: float',
+        "    beta: float = 0.3",
+        '    unread: float = 0.0\n    """Does nothing."""\n    beta: float = 0.3',
         "the field unread of Args is read",
     ),
     "a field that only its range check reads": (
@@ -174,8 +172,8 @@ BREAKS = {
     ),
     "a field without a sentence": (
         "dpo.py",
-        "    beta: float",
-        "    eps: float = 0.1\n    beta: float",
+        "    beta: float = 0.3",
+        "    eps: float = 0.1\n    beta: float = 0.3",
         "the field eps of Args has no sentence",
     ),
     "a method's name in the trunk": (
