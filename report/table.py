@@ -1,4 +1,4 @@
-"""The end table of a run: what each metric is called, a column a state of the model, and samples."""
+"""The end table of a run: what each metric is called, a column a state of the model; samples."""
 
 from pathlib import Path
 

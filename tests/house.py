@@ -45,7 +45,7 @@ FOLDERS = (
 # included.
 LAYERS = [
     ["common", "common.batches", "common.processes", "common.metrics"],
-    ["common.hub", "common.generate", "common.fields", "common.oracle"],
+    ["common.generate", "common.fields", "common.oracle"],
     ["common.files", "toy", "toy.world", "report", "report.table", "report.curves", "report.trackers"],
     ["toy.base", "toy.documents"],
     ["common.models", "common.data"],
