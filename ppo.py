@@ -24,8 +24,8 @@ A batch (line i is row i's prompt and completion):
 
 Differences from the authors' code (more details: docs/ppo.md):
 1. Prompts are in no loss, no KL and no whitening; their responses include the prompt.
-2. Rewards are divided by their std, m / s and all. The usual (r - m) / s + m adds m * (1 - 1 / s)
-   to every token: a bonus or a price on length that no reward asked for.
+2. Rewards are divided by their std s, no more: their mean m becomes m / s. The usual whitening,
+   (r - m) / s + m, adds m * (1 - 1 / s) to every token: a bonus or a price on length.
 3. Old log-probabilities come from a training pass in the same micro-batches, not from generation:
    the first ratio is exactly 1.
 """
@@ -410,11 +410,15 @@ def longest_row(splits: dict, eos_id: int) -> dict:
     return {"prompt": prompt, "completions": [[eos_id, eos_id]]}
 
 
-def load_rewards(args, run, load_reward) -> dict:
-    """What is raised and what only judges, by name: (prompts, answers) -> [n]."""
-    rewards = {"reward": load_reward(args.reward, args.data, run.device, run.autocast)}
-    if args.test_reward:
-        rewards["test_reward"] = load_reward(args.test_reward, args.data, run.device, run.autocast, "--test-reward")
+def load_rewards(reward: str, test_reward: str, load_reward, shared: tuple) -> dict:
+    """What is raised and, where it is named, what only judges: (prompts, answers) -> [n] each.
+
+    Args:
+        shared: `load_reward`'s arguments behind the name.
+    """
+    rewards = {"reward": load_reward(reward, *shared)}
+    if test_reward:
+        rewards["test_reward"] = load_reward(test_reward, *shared, "--test-reward")
     return rewards
 
 
@@ -540,7 +544,8 @@ def main(args: Args) -> None:
     # The policy, the reference that it began as, and what rewards them.
     ref_folder = models.resolve_model(args.model, args.seed)
     tokenizer = models.load_tokenizer(ref_folder)
-    rewards = load_rewards(args, run, load_reward)
+    shared = (args.data, run.device, run.autocast)
+    rewards = load_rewards(args.reward, args.test_reward, load_reward, shared)
     weights_folder = run.checkpoint or ref_folder
     value_head = models.load_weights(weights_folder, "value.weight") | models.load_weights(weights_folder, "value.bias")
     model = add_critic(models.load_model(weights_folder, run.device, tokenizer), value_head)

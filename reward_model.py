@@ -10,8 +10,8 @@ the last token, the answer's EOS. A new head starts at zero, so that the first l
     python reward_model.py --model gpt2 --data pairs.jsonl --lr 1e-5 --half first
     torchrun --nproc-per-node 8 reward_model.py --model gpt2 --data pairs.jsonl --lr 1e-5
 
---half first is for a model to train with; --half second for one to judge with. The run's folder
-loads with AutoModelForSequenceClassification; superhf.py and ppo.py sample against it with --reward
+Train on --half first for a reward to raise, on --half second for one that only judges. The run's
+folder loads with AutoModelForSequenceClassification, and in superhf.py and ppo.py as --reward
 runs/reward_model-gpt2-seed0.
 
 A batch (line i < batch is row i's prompt and chosen answer, batch + i its prompt and rejected one):

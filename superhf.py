@@ -61,9 +61,9 @@ def superhf_loss(
         tokens where the token at t + 1 is masked 1, else 0.
     Raises ValueError where shapes do not fit, or no token is masked 1.
     """
-    tokens = labels.shape
-    fits = policy_logits.shape == ref_logits.shape and policy_logits.shape[:-1] == tokens == completion_mask.shape
-    if not fits or labels.dim() != 2:
+    same_logits = policy_logits.shape == ref_logits.shape
+    same_tokens = policy_logits.shape[:-1] == labels.shape == completion_mask.shape
+    if not (same_logits and same_tokens and labels.dim() == 2):
         shapes = [tuple(x.shape) for x in (policy_logits, ref_logits, labels, completion_mask)]
         expected = "two logits [batch, length, vocabulary], labels and completion_mask [batch, length]"
         raise ValueError(f"expected {expected}, got {shapes}")
@@ -324,11 +324,15 @@ def longest_row(splits: dict, eos_id: int) -> dict:
     return {"prompt": prompt, "completions": [[eos_id, eos_id]]}
 
 
-def load_rewards(args, run, load_reward) -> dict:
-    """What is raised and what only judges, by name: (prompts, answers) -> [n]."""
-    rewards = {"reward": load_reward(args.reward, args.data, run.device, run.autocast)}
-    if args.test_reward:
-        rewards["test_reward"] = load_reward(args.test_reward, args.data, run.device, run.autocast, "--test-reward")
+def load_rewards(reward: str, test_reward: str, load_reward, shared: tuple) -> dict:
+    """What is raised and, where it is named, what only judges: (prompts, answers) -> [n] each.
+
+    Args:
+        shared: `load_reward`'s arguments behind the name.
+    """
+    rewards = {"reward": load_reward(reward, *shared)}
+    if test_reward:
+        rewards["test_reward"] = load_reward(test_reward, *shared, "--test-reward")
     return rewards
 
 
@@ -445,7 +449,8 @@ def main(args: Args) -> None:
     # The policy, the reference that it began as, and what rewards them.
     ref_folder = models.resolve_model(args.model, args.seed)
     tokenizer = models.load_tokenizer(ref_folder)
-    rewards = load_rewards(args, run, load_reward)
+    shared = (args.data, run.device, run.autocast)
+    rewards = load_rewards(args.reward, args.test_reward, load_reward, shared)
     model = models.load_model(run.checkpoint or ref_folder, run.device, tokenizer)
     run.prepare(model.train())
     ref_model = run.prepare(models.load_model(ref_folder, run.device, tokenizer).eval().requires_grad_(False))

@@ -1,4 +1,7 @@
-"""ppo.py: advantages, losses, and the identities that hold on the first step. What it shares with superhf.py is in test_superhf.py."""
+"""ppo.py: advantages, losses, and the identities that hold on the first step.
+
+What it shares with superhf.py is in test_superhf.py.
+"""
 
 import json
 import math
@@ -103,7 +106,9 @@ def test_rewards_of_tokens():
 
 
 def test_whitened_rewards_pay_nothing_for_length():
-    """Rewards 1 and 5 at the last of three tokens and of two, no penalty: each token's return is the completion's reward / std, however long it is."""
+    """Rewards 1 and 5 at the last of three tokens and of two, no penalty: each token's return is
+    the completion's reward / std, however long it is.
+    """
     token_rewards = torch.tensor([0.0, 0.0, 1.0, 0.0, 5.0])
     deviation = token_rewards.std(correction=0)
     for factor in (1.0, 10.0):  # and the scale of a reward is nothing
@@ -142,11 +147,13 @@ def test_log_probabilities_and_values_are_those_of_one_sequence_at_a_time(kind, 
     torch.testing.assert_close(values, torch.stack([b for _, b in expected]))
 
 
-# ---------------------------------------------------------------------------------------------------------------- runs
+# -- runs
 
 
 def batches_of(tmp_path, llama, file11, monkeypatch, **changes):
-    """Runs a step with known completions; what compute_loss was given and gave, the completions with their rewards, and the run's folder."""
+    """Runs a step with known completions; what compute_loss was given and gave, the completions
+    with their rewards, and the run's folder.
+    """
     seen, scored = [], []
     compute_loss = ppo.compute_loss
 
@@ -193,7 +200,9 @@ def test_the_first_ratio_is_exactly_1_and_later_ones_are_not(micro_batch_size, t
 
 
 def test_advantages_of_a_run_by_a_second_road(tmp_path, llama, file11, monkeypatch):
-    """From another reference than the policy, so that the KL penalty is not zero: penalty, reward at the last token, both whitenings, in plain loops."""
+    """From another reference than the policy, so that the KL penalty is not zero: penalty, reward
+    at the last token, both whitenings, in plain loops.
+    """
     other = models.save(
         models.tiny_llama(len(model_loading.load_tokenizer(llama)), seed=5),
         model_loading.load_tokenizer(llama),

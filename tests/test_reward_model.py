@@ -63,7 +63,9 @@ def trained(tmp_path, file13, folder, **changes):
 
 
 def scores_of(folder, sequences: list[list[int]], padding: int) -> torch.Tensor:
-    """Rewards by transformers' own class, each line padded on the right by `padding` more than it needs."""
+    """Rewards by transformers' own class, each line padded on the right by `padding` more than it
+    needs.
+    """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     model, tokenizer = (
@@ -122,7 +124,10 @@ def test_a_new_head_is_zero_and_a_trained_one_goes_on(tmp_path, file13, folder):
 
 
 def test_an_encoder_becomes_a_reward_model(tmp_path, file13):
-    """A BERT type: no EOS, a classifier behind a pooler. Zeros below the last layer would leave it without a gradient."""
+    """A BERT type: no EOS, a classifier behind a pooler.
+
+    Zeros below the last layer would leave it without a gradient.
+    """
     from transformers import BertConfig, BertModel
 
     tokenizer = models.byte_tokenizer(bos=True, eos=True)
@@ -279,7 +284,7 @@ def test_the_toys_summary(tmp_path, toy_base):
     assert summary["after"]["rank_correlation"] > 0.05
 
 
-# -------------------------------------------------------------------------------------------------------------- rewards
+# -- rewards
 
 
 def test_the_toys_rewards():
@@ -308,7 +313,9 @@ def test_the_flawed_proxy_goes_with_the_true_reward_on_the_base_models_answers(t
 
 
 def test_an_answer_without_its_leading_space_is_read_as_it_was_trained_on(tmp_path, file13, llama):
-    """Sampled answers come as stripped text; run into the prompt, "?it" would be another token than the "it" of the pairs."""
+    """Sampled answers come as stripped text; run into the prompt, "?it" would be another token than
+    the "it" of the pairs.
+    """
     reward = reward_of(str(trained(tmp_path, file13, llama)))
     rows = pairs(6)
     prompts, answers = [r["prompt"] for r in rows], [r["chosen"] for r in rows]
@@ -324,7 +331,9 @@ def test_an_answer_without_its_leading_space_is_read_as_it_was_trained_on(tmp_pa
 
 
 def test_chat_messages_are_scored_as_they_were_trained_on(tmp_path, llama):
-    """This template puts a newline behind the end of turn: another EOS behind that would be a text that training never saw."""
+    """This template puts a newline behind the end of turn: another EOS behind that would be a text
+    that training never saw.
+    """
     from tests.test_data import CHAT
 
     tokenizer = models.byte_tokenizer(bos=True, chat_template=CHAT)
@@ -425,7 +434,7 @@ def test_two_labels_are_a_difference_and_more_are_refused(tmp_path, toy_tokenize
                 reward_of(str(tmp_path / "3"))
 
 
-# ------------------------------------------------------------------------------------------------ METEOR and calibration
+# -- METEOR and calibration
 
 
 def test_meteor_against_its_formula():

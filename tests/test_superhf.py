@@ -1,4 +1,6 @@
-"""superhf.py, and what it shares with ppo.py: prompts, sampling inside a run, resume, several processes."""
+"""superhf.py, and what it shares with ppo.py: prompts, sampling inside a run, resume, several
+processes.
+"""
 
 import json
 import math
@@ -54,7 +56,9 @@ def folder(request) -> str:
 
 
 def random_case(seed: int = 0):
-    """Logits of policy and reference, labels and a mask with holes at both ends, float64: [3, 6, 7]."""
+    """Logits of policy and reference, labels and a mask with holes at both ends, float64: [3, 6,
+    7].
+    """
     generator = torch.Generator().manual_seed(seed)
     policy, ref = (torch.randn(3, 6, 7, generator=generator, dtype=torch.float64) for _ in range(2))
     labels = torch.randint(7, (3, 6), generator=generator)
@@ -62,7 +66,7 @@ def random_case(seed: int = 0):
     return policy.requires_grad_(), ref, labels, mask
 
 
-# ---------------------------------------------------------------------------------------------------------------- loss
+# -- loss
 
 
 @pytest.mark.parametrize("kl", [0.0, 0.35, 3.0])
@@ -116,7 +120,9 @@ def test_shapes_that_do_not_fit_are_refused():
 
 
 def test_vocabulary_entries_that_both_models_mask_count_nothing():
-    """Loss and gradient are those of the other entries alone; what only the policy masks costs infinitely much."""
+    """Loss and gradient are those of the other entries alone; what only the policy masks costs
+    infinitely much.
+    """
     policy, ref, labels, mask = random_case()
     loss, _ = superhf.superhf_loss(policy, ref, labels, mask, 0.7)
     (expected,) = torch.autograd.grad(loss, policy)
@@ -139,7 +145,9 @@ ROWS = [([5, 6, 7], [8, 9, 2]), ([10], [11, 12, 13, 14]), ([4, 5], [2])]
 @pytest.mark.parametrize("chunk", [2, 4096])
 @pytest.mark.parametrize("kind", ["tiny_gpt2", "tiny_llama"])
 def test_the_training_step_is_superhf_loss(layout, chunk, kind, monkeypatch):
-    """Gathered positions in chunks, logits recomputed, against full logits: loss, parts and every parameter's gradient, in float64."""
+    """Gathered positions in chunks, logits recomputed, against full logits: loss, parts and every
+    parameter's gradient, in float64.
+    """
     monkeypatch.setattr(superhf, "CHUNK", chunk)
     policy, reference = (getattr(models, kind)(20, seed).double() for seed in (0, 1))
     batch = batches.collate([{"prompt": p, "completions": [c]} for p, c in ROWS], 0, layout, "cpu")
@@ -163,11 +171,13 @@ def test_the_training_step_is_superhf_loss(layout, chunk, kind, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-# ------------------------------------------------------------------------------------------------------------ sampling
+# -- sampling
 
 
 def test_log_probabilities_of_generation_are_those_of_training(folder):
-    """Raw logits of every sampled token, from generation with a KV cache and left padding, against the training pass, padded on the right."""
+    """Raw logits of every sampled token, from generation with a KV cache and left padding, against
+    the training pass, padded on the right.
+    """
     model, tokenizer = model_of(folder), model_loading.load_tokenizer(folder)
     prompts = [[1, 20, 21, 22, 23, 24], [1, 30], [1, 40, 41]]
     ids = torch.tensor([[0] * (6 - len(p)) + p for p in prompts])
@@ -205,7 +215,9 @@ def test_left_padding_changes_nothing(folder):
 
 @both_scripts
 def test_sampling_is_asked_for_in_full(script, tmp_path, file11, llama, monkeypatch):
-    """Distribution, seeds of each step and the model's mode; in training the prompt of each of the step's rows, `completions` times."""
+    """Distribution, seeds of each step and the model's mode; in training the prompt of each of the
+    step's rows, `completions` times.
+    """
     calls = []
 
     def sample(model, prompts, tokenizer, max_new_tokens, **shape):
@@ -224,7 +236,9 @@ def test_sampling_is_asked_for_in_full(script, tmp_path, file11, llama, monkeypa
 
 
 def test_only_the_best_are_trained_on_with_exactly_their_tokens(tmp_path, file11, llama, monkeypatch):
-    """The gradient of a run's step is that of superhf_loss over the top 2 of 4 by the reward, empty ones left out, EOS where one was sampled."""
+    """The gradient of a run's step is that of superhf_loss over the top 2 of 4 by the reward, empty
+    ones left out, EOS where one was sampled.
+    """
     sampled = []
 
     def sample(model, prompts, tokenizer, max_new_tokens, **shape):
@@ -268,7 +282,9 @@ def test_only_the_best_are_trained_on_with_exactly_their_tokens(tmp_path, file11
 
 
 def test_the_reference_stays_what_the_policy_began_as(tmp_path, file11, llama, monkeypatch):
-    """In the second step the policy has moved: the KL is no longer 0, and it still is to the model that the run began with."""
+    """In the second step the policy has moved: the KL is no longer 0, and it still is to the model
+    that the run began with.
+    """
     batches_seen, compute_loss = [], superhf.compute_loss
 
     def computing(model, batch, **numbers):
@@ -321,7 +337,9 @@ def test_completions_end_where_the_dialogue_would_go_on(script):
 
 
 def test_what_a_reward_model_reads_is_what_stands_behind_the_prompt(toy_tokenizer):
-    """A word-level or sentence-piece tokenizer loses the space in front of a completion that is decoded alone."""
+    """A word-level or sentence-piece tokenizer loses the space in front of a completion that is
+    decoded alone.
+    """
     prompt, answer = "what is one plus one ?", " it is two ."
     ids = toy_tokenizer(prompt).input_ids
     completion = toy_tokenizer(prompt + answer).input_ids[len(ids) :]
@@ -332,7 +350,7 @@ def test_what_a_reward_model_reads_is_what_stands_behind_the_prompt(toy_tokenize
     assert generate.text_after(tokenizer, [5], []) == ""
 
 
-# -------------------------------------------------------------------------------------------------------------- prompts
+# -- prompts
 
 
 def prompts_of(path, llama):
@@ -406,7 +424,7 @@ def test_the_flawed_reward_differs_in_the_price_of_length_alone():
     assert world.flawed_reward(row, long) == pytest.approx(1 + 0.7)
 
 
-# ---------------------------------------------------------------------------------------------------------------- runs
+# -- runs
 
 
 @both_scripts
@@ -497,7 +515,9 @@ def test_a_killed_run_resumes_bit_for_bit_its_sampling_included(script, tmp_path
 @both_scripts
 @pytest.mark.slow
 def test_two_processes_train_like_one(script, tmp_path, file11, llama, monkeypatch):
-    """The prompts are split over the processes, which choose among the same completions; 4, 4 and 3 prompts a step."""
+    """The prompts are split over the processes, which choose among the same completions; 4, 4 and 3
+    prompts a step.
+    """
     setup = {
         **QUICK,
         "model": llama,
@@ -512,8 +532,10 @@ def test_two_processes_train_like_one(script, tmp_path, file11, llama, monkeypat
         one = train(script, tmp_path / "one", **setup)
     program = tmp_path / "program.py"
     program.write_text(
-        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport {script}, tyro\nfrom common import generate\nfrom rewards import models\n"
-        "from tests.runs import canned_sample, toy_reward_anywhere\nmodels.load_reward = toy_reward_anywhere(models.load_reward)\n"
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport {script}, tyro\n"
+        "from common import generate\nfrom rewards import models\n"
+        "from tests.runs import canned_sample, toy_reward_anywhere\n"
+        "models.load_reward = toy_reward_anywhere(models.load_reward)\n"
         f"generate.sample = canned_sample\n{script}.main(tyro.cli({script}.Args))\n"
     )
     words = [
