@@ -393,7 +393,7 @@ def update(parts, compute, model, optimizer, completions: list[Completion], max_
     return grad_norm
 
 
-def step_metrics(sampled: list[Completion], logratios: list[float], similarity, step: int, device) -> dict:
+def rollout_metrics(sampled: list[Completion], logratios: list[float], similarity, step: int, device) -> dict:
     """What is logged of a step besides its loss. A step without completions has the same names."""
     values = {"loss": [], "loss/policy": [], "loss/value": [], "clipped_share": [], "ratio": []}
     values["reward"] = [completion.reward for completion in sampled]
@@ -599,7 +599,7 @@ def main(args: Args) -> None:
             for _ in range(args.ppo_epochs):
                 grad_norm = update(parts, compute, model, optimizer, kept, args.max_grad_norm, run)
             logratios = values_of_step(parts, "logratios", gather).tolist()  # [completions of the step]
-            run.accumulate(step_metrics(kept, logratios, similarity, step, run.device), 1.0)
+            run.accumulate(rollout_metrics(kept, logratios, similarity, step, run.device), 1.0)
             run.end_step(len(examples), batches.count_tokens(examples), grad_norm)
         if run.is_time(args.eval_every):
             held_out = samples_of(ref_model, splits["held_out"])

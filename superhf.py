@@ -307,7 +307,7 @@ def update(parts, compute, model, optimizer, completions: list[Completion], max_
     return grad_norm
 
 
-def step_metrics(groups: list[list[Completion]], kept: list[Completion], similarity, step: int, device) -> dict:
+def choice_metrics(groups: list[list[Completion]], kept: list[Completion], similarity, step: int, device) -> dict:
     """What is logged of a step besides its loss. A step without completions has the same names."""
     values = {"loss": [], "ce": [], "kl": []}
     values["reward/sampled"] = [completion.reward for group in groups for completion in group]
@@ -491,7 +491,7 @@ def main(args: Args) -> None:
         groups = gather(rollout(shard_items(rows_of_step), args.completions, *how))[: len(rows_of_step)]
         kept = best_completions(groups, args.top_k)
         with timed(seconds, "training"):
-            run.accumulate(step_metrics(groups, kept, similarity, step, run.device), 1.0)
+            run.accumulate(choice_metrics(groups, kept, similarity, step, run.device), 1.0)
             examples = [{"prompt": c.prompt_ids, "completions": [c.completion_ids]} for c in kept]
             parts = parts_with_ref_logits(run.micro_batches(examples), batch_of, ref_logits_of, run.autocast)
             grad_norm = update(parts, compute, model, optimizer, kept, args.max_grad_norm, run)
