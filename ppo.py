@@ -316,6 +316,11 @@ def pad_rows(flat: torch.Tensor, lengths: list[int]) -> torch.Tensor:
     return torch.nn.utils.rnn.pad_sequence(list(flat.split(lengths)), batch_first=True)
 
 
+def unpad_rows(padded: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """The same back, from [batch, longest] to [tokens]."""
+    return torch.cat([row[:length] for row, length in zip(padded, lengths)])
+
+
 def with_lengths(batch: dict, rows: list[dict]) -> dict:
     """The batch with its completions' lengths also as a list: none is read from the device."""
     return batch | {"lengths": [len(row["completions"][0]) for row in rows]}
@@ -329,20 +334,20 @@ def values_of_step(parts: list[tuple[dict, float]], name: str, gather) -> torch.
 
 
 @torch.no_grad()
-def add_token_rewards(parts: list[tuple[dict, float]], policy, reference, autocast, kl: float) -> None:
+def add_token_rewards(parts: list[tuple[dict, float]], policy_of, ref_of, autocast, kl: float) -> None:
     """What policy and reference think of the sampled tokens, as columns of each batch.
 
     Adds old_logps, old_values, token_rewards [tokens] and logratios [batch]. The passes are those
     of training, in the same micro-batches: the first ratio is exactly 1.
 
     Args:
-        parts: (batch, weight) of each micro-batch. policy, reference: batch -> log-probabilities
+        parts: (batch, weight) of each micro-batch. policy_of, ref_of: batch -> log-probabilities
             and values, [tokens] each.
     """
     for batch, _ in parts:
         with autocast():
-            old_logps, old_values = policy(batch)  # [tokens] each
-            ref_logps, _ = reference(batch)  # [tokens]
+            old_logps, old_values = policy_of(batch)  # [tokens] each
+            ref_logps, _ = ref_of(batch)  # [tokens]
         rewards, lengths = batch["rewards"], batch["completion_tokens"]  # [batch] each
         batch |= {"old_logps": old_logps, "old_values": old_values}
         batch["token_rewards"] = token_rewards(rewards, old_logps, ref_logps, lengths, kl)  # [tokens]
@@ -365,8 +370,7 @@ def add_advantages(parts: list[tuple[dict, float]], gather, gamma: float, gae_la
         rewards = pad_rows(scale * batch["token_rewards"], lengths)  # [batch, longest]
         values = pad_rows(batch["old_values"], lengths)  # [batch, longest]
         advantages, returns = gae(rewards, values, mask, gamma, gae_lambda)  # [batch, longest] each
-        is_token = mask.bool()
-        batch["advantages"], batch["returns"] = advantages[is_token], returns[is_token]  # [tokens] each
+        batch["advantages"], batch["returns"] = unpad_rows(advantages, lengths), unpad_rows(returns, lengths)
     all_advantages = values_of_step(parts, "advantages", gather)  # [tokens of the step]
     mean, deviation = all_advantages.mean().item(), std(all_advantages)
     for batch, _ in parts:

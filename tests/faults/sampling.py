@@ -161,8 +161,8 @@ SAMPLED = [
     Mutant(
         "ppo: penalty to the policy itself",
         ("ppo.py",),
-        "ref_logps, _ = reference(batch)",
-        "ref_logps, _ = policy(batch)",
+        "ref_logps, _ = ref_of(batch)",
+        "ref_logps, _ = policy_of(batch)",
         SECOND_ROAD,
     ),
     Mutant(
@@ -185,6 +185,13 @@ SAMPLED = [
         'rewards = pad_rows(scale * batch["token_rewards"], lengths)',
         'mean = values_of_step(parts, "token_rewards", gather).mean().float()\n'
         '        rewards = pad_rows(scale * (batch["token_rewards"] - mean) + mean, lengths)',
+        PPO + "test_whitened_rewards_pay_nothing_for_length",
+    ),
+    Mutant(
+        "ppo: returns of other tokens",
+        ("ppo.py",),
+        "torch.cat([row[:length] for row, length in zip(padded, lengths)])",
+        "torch.cat([row[-length:] for row, length in zip(padded, lengths)])",
         PPO + "test_whitened_rewards_pay_nothing_for_length",
     ),
     Mutant(
