@@ -436,11 +436,12 @@ class Args:
 
 def main(args: Args) -> None:
     try:
-        from common import batches, data, evaluate, generate, models, oracle
+        from common import batches, evaluate, generate, models, oracle
         from common.processes import gather, print0, rank, shard_items
         from common.run import start_run
         from rewards.metrics import meteor_form, similarity
         from rewards.models import load_reward
+        from rewards.prompts import load_prompts
         from toy.base import judge_of
     except ImportError as error:
         raise SystemExit(f"Training needs the folders common/, rewards/ and toy/ beside this file. ({error})") from None
@@ -461,7 +462,7 @@ def main(args: Args) -> None:
     # The prompts, and the order in which training sees them.
     max_length = models.length_limit(args.max_length, model)
     rows_from = (args.data, args.eval_data, args.holdout, args.seed)
-    splits, data_sha256 = data.load_prompts(*rows_from, tokenizer, max_length, args.max_new_tokens)
+    splits, data_sha256 = load_prompts(*rows_from, tokenizer, max_length, args.max_new_tokens)
     plan = batches.plan_batches(splits["train"], args.batch_size, args.epochs, args.max_steps, args.seed)
     longest = {"longest": [longest_row(splits, tokenizer.eos_token_id)]}
     splits["train"], plan = batches.planned_rows(splits["train"], plan)
