@@ -1,4 +1,6 @@
-"""Small models for tests: random ones of two layers, and a bigram model whose log-probabilities are known exactly."""
+"""Small models for tests: random ones of two layers, and a bigram model whose log-probabilities are
+known exactly.
+"""
 
 from pathlib import Path
 
@@ -18,7 +20,10 @@ def spread_biases(model, seed: int = 0):
 
 
 def tiny_gpt2(vocabulary: int, seed: int = 0, **changes):
-    """A random GPT-2 type, 2 layers of 32. Wide initial weights, so that attention, positions and masks matter to the logits."""
+    """A random GPT-2 type, 2 layers of 32.
+
+    Wide initial weights, so that attention, positions and masks matter to the logits.
+    """
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(seed)
@@ -31,27 +36,44 @@ def tiny_llama(vocabulary: int, seed: int = 0, **changes):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     shape |= {"max_position_embeddings": 128, "initializer_range": 0.2}
     return LlamaForCausalLM(LlamaConfig(**({"vocab_size": vocabulary} | shape | ENDS | changes))).eval()
 
 
 def random_table(vocabulary: int, seed: int = 0, spread: float = 1.0) -> torch.Tensor:
-    """Log-probabilities [from, to] in nats, float64: row u is the distribution of the token after u."""
+    """Log-probabilities [from, to] in nats, float64: row u is the distribution of the token after
+    u.
+    """
     generator = torch.Generator().manual_seed(seed)
     return (spread * torch.randn(vocabulary, vocabulary, dtype=torch.float64, generator=generator)).log_softmax(-1)
 
 
 def bigram_model(table: torch.Tensor):
-    """A causal LM whose next-token distribution after token u is exactly `table[u]`, whatever stands before u.
+    """A causal LM whose next-token distribution after token u is exactly `table[u]`, whatever
+    stands before u.
 
-    A Llama type, so that it loads from a folder and takes position ids, 2-D and 4-D masks, caches and logits_to_keep like any other: its
-    embedding is one-hot, its one layer adds zero, its output layer holds the table.
+    A Llama type, so that it loads from a folder and takes position ids, 2-D and 4-D masks, caches
+    and logits_to_keep like any other: its embedding is one-hot, its one layer adds zero, its output
+    layer holds the table.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     n = len(table)
-    shape = {"hidden_size": n, "intermediate_size": 2, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 2}
+    shape = {
+        "hidden_size": n,
+        "intermediate_size": 2,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "head_dim": 2,
+    }
     shape |= {"max_position_embeddings": 256, "rms_norm_eps": 0.0, "tie_word_embeddings": False}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=n, **shape, **ENDS)).eval()
     with torch.no_grad():
@@ -75,8 +97,14 @@ def save(model, tokenizer, folder: Path) -> Path:
     return Path(folder)
 
 
-def byte_tokenizer(bos: bool = False, eos: bool = False, merges: tuple = (("a", "b"), ("Ġ", "t"), ("Ċ", "Ċ")), chat_template: str | None = None):
-    """A byte-level BPE tokenizer in GPT-2's manner with few merges: every text has ids, and which tokens merge is plain to see.
+def byte_tokenizer(
+    bos: bool = False,
+    eos: bool = False,
+    merges: tuple = (("a", "b"), ("Ġ", "t"), ("Ċ", "Ċ")),
+    chat_template: str | None = None,
+):
+    """A byte-level BPE tokenizer in GPT-2's manner with few merges: every text has ids, and which
+    tokens merge is plain to see.
 
     Args:
         bos, eos: whether it puts <s> before, or </s> behind every text.
@@ -93,7 +121,9 @@ def byte_tokenizer(bos: bool = False, eos: bool = False, merges: tuple = (("a", 
     tokenizer.decoder = decoders.ByteLevel()
     if bos or eos:
         pattern = "<s> " * bos + "$A" + " </s>" * eos
-        tokenizer.post_processor = processors.TemplateProcessing(single=pattern, special_tokens=[("<s>", 1), ("</s>", 2)])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=pattern, special_tokens=[("<s>", 1), ("</s>", 2)]
+        )
     names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **names)
     fast.chat_template = chat_template

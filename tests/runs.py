@@ -1,4 +1,6 @@
-"""Short training runs for tests: a file of pairs in the toy's words, and a script's main() called in this process."""
+"""Short training runs for tests: a file of pairs in the toy's words, and a script's main() called
+in this process.
+"""
 
 import importlib
 import json
@@ -17,11 +19,15 @@ from tests import models
 from toy import world
 
 ROOT = Path(__file__).resolve().parent.parent
-PAIRS = [name for name in ("dpo", "cdpo", "typo", "dph") if (ROOT / f"{name}.py").exists()]  # scripts with the same trunk
+PAIRS = [
+    name for name in ("dpo", "cdpo", "typo", "dph") if (ROOT / f"{name}.py").exists()
+]  # scripts with the same trunk
 
 
 def pairs(rows: int, seed: int = 0) -> list[dict]:
-    """Preference pairs in the toy's words, all prompts different; the chosen answer is the one with the larger true reward."""
+    """Preference pairs in the toy's words, all prompts different; the chosen answer is the one with
+    the larger true reward.
+    """
     rng, found = random.Random(seed), []
     for question in rng.sample(world.questions(), rows):
         texts: set[str] = set()
@@ -38,8 +44,31 @@ def write_pairs(path: Path, rows: int, seed: int = 0) -> str:
     return str(path)
 
 
-# Small and quick; each test names what it is about on top of these. No samples: they are the slow part of a short run.
-SHORT = {"kl_samples": 0, "batch_size": 8, "micro_batch_size": 8, "log_every": 1, "eval_every": 1000, "save_every": 1000, "lr": 1e-2, "holdout": 0.0}
+def lines_file(folder: Path, rows: list[dict], name: str = "rows.jsonl") -> str:
+    """A .jsonl of these rows; its path."""
+    path = folder / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+# A chat template that keeps every turn as it is.
+CHAT = (
+    "{{ '<s>' }}{% for m in messages %}{{ '[' + m.role + ']' + m.content + '</s>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
+)
+
+# Small and quick; each test names what it is about on top of these. No samples: they are the slow
+# part of a short run.
+SHORT = {
+    "kl_samples": 0,
+    "batch_size": 8,
+    "micro_batch_size": 8,
+    "log_every": 1,
+    "eval_every": 1000,
+    "save_every": 1000,
+    "lr": 1e-2,
+    "holdout": 0.0,
+}
 
 
 def arguments(script: str, folder: Path, **changes):
@@ -51,7 +80,10 @@ def arguments(script: str, folder: Path, **changes):
 def train(script: str, folder: Path, **changes) -> Path:
     """Runs a script's main() here and returns the run's folder."""
     module, args = arguments(script, folder, **changes)
-    with torch.random.fork_rng(devices=[]), mock.patch.object(summary, "draw_curves"):  # drawing takes longer than the run
+    with (
+        torch.random.fork_rng(devices=[]),
+        mock.patch.object(summary, "draw_curves"),
+    ):  # drawing takes longer than the run
         module.main(args)
     return folder
 
@@ -65,7 +97,9 @@ def resume(script: str, folder: Path, **changes) -> Path:
 
 
 def recorded(script: str, folder: Path, **changes) -> tuple[list[list[int]], list[dict[str, torch.Tensor]]]:
-    """Trains and returns the rows of each step and each step's gradient by parameter, before clipping."""
+    """Trains and returns the rows of each step and each step's gradient by parameter, before
+    clipping.
+    """
     plans, gradients, clip = [], [], torch.nn.utils.clip_grad_norm_
     plan_batches, load_model, loaded = batches.plan_batches, model_loading.load_model, []
 
@@ -101,30 +135,52 @@ def model_of(folder: Path | str):
     return model_loading.load_model(str(folder), "cpu").eval()
 
 
+def assert_close_weights(a: dict, b: dict, limit: float) -> None:
+    """Weights within `limit`, GPT-2's key biases left out: attention does not depend on them, so
+    their gradient is rounding alone, of which Adam makes steps as large as any other's.
+    """
+    for name in a:
+        gap = (a[name] - b[name]).abs()
+        if name.endswith("attn.c_attn.bias"):
+            query, _, value = gap.chunk(3)
+            gap = torch.cat([query, value])
+        assert gap.max() <= limit, name
+
+
 def start_process(words: list[str], cwd: Path = ROOT, timeout: float = 120) -> subprocess.CompletedProcess:
     """A command of the project in a process of its own, on one thread; its output as text."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, *words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(
+        [sys.executable, *words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout
+    )
 
 
 def gpt2_like(folder: Path, **changes) -> str:
-    """A random GPT-2 with a tokenizer in GPT-2's manner: one special token that is BOS, EOS and UNK, and no pad token."""
+    """A random GPT-2 with a tokenizer in GPT-2's manner: one special token that is BOS, EOS and
+    UNK, and no pad token.
+    """
     from tokenizers import Tokenizer, decoders, pre_tokenizers
     from tokenizers import models as tokenizer_models
     from transformers import PreTrainedTokenizerFast
 
     end = "<|endoftext|>"
     words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "is", "Ġis", "zq", end]
-    tokenizer = Tokenizer(tokenizer_models.BPE({word: i for i, word in enumerate(words)}, [("i", "s"), ("Ġ", "is"), ("z", "q")]))
+    tokenizer = Tokenizer(
+        tokenizer_models.BPE({word: i for i, word in enumerate(words)}, [("i", "s"), ("Ġ", "is"), ("z", "q")])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end, unk_token=end, clean_up_tokenization_spaces=False)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=end, eos_token=end, unk_token=end, clean_up_tokenization_spaces=False
+    )
     ends = {"bos_token_id": len(words) - 1, "eos_token_id": len(words) - 1, "pad_token_id": None}
     return str(models.save(models.tiny_gpt2(len(words), **ends, **changes), fast, folder))
 
 
 def canned_sample(model, prompts: list[list[int]], tokenizer, max_new_tokens: int, **shape) -> list[list[int]]:
-    """Stands for generate.sample: completions that depend on the prompt, and on how often it came before in this call, and on nothing else."""
+    """Stands for generate.sample: completions that depend on the prompt, and on how often it came
+    before in this call, and on nothing else.
+    """
     seen: dict[tuple, int] = {}
     drawn = []
     for prompt in prompts:
@@ -136,11 +192,15 @@ def canned_sample(model, prompts: list[list[int]], tokenizer, max_new_tokens: in
 
 
 def toy_reward_anywhere(load):
-    """Stands for rewards.models.load_reward: the toy's true reward also for a file of its questions, which a run would refuse, since a file could hold any prompt."""
+    """Stands for rewards.models.load_reward: the toy's true reward also for a file of its
+    questions, which a run would refuse, since a file could hold any prompt.
+    """
 
     def loading(name: str, data: str, *rest):
         if name == "toy" and data != "toy":
-            return lambda prompts, answers: torch.tensor([world.true_reward(world.row_of(p), a) for p, a in zip(prompts, answers)])
+            return lambda prompts, answers: torch.tensor(
+                [world.true_reward(world.row_of(p), a) for p, a in zip(prompts, answers)]
+            )
         return load(name, data, *rest)
 
     return loading

@@ -1,4 +1,6 @@
-"""DPH: rewards by hand, both ways of loading a run, prior regularisation, the frozen backbone, head dropout, best of n."""
+"""DPH: rewards by hand, both ways of loading a run, prior regularisation, the frozen backbone, head
+dropout, best of n.
+"""
 
 import json
 import math
@@ -52,12 +54,14 @@ def toy_examples(folder: str, rows: int = 6) -> list[dict]:
     return list(data.encode_rows(tokenizer, [(r["prompt"], r["chosen"], r["rejected"]) for r in pairs(rows)], 128))
 
 
-# --------------------------------------------------------------------------------------------------------------- rewards
+# -- rewards
 
 
 @pytest.mark.parametrize("layout", ["shared", "rows", "model_head"])
 def test_rewards_of_a_model_made_by_hand(layout):
-    """The bigram model's hidden state is the last token's one-hot vector, so the reward is the head's weight at that token."""
+    """The bigram model's hidden state is the last token's one-hot vector, so the reward is the
+    head's weight at that token.
+    """
     model = with_head(models.bigram_model(models.random_table(8)))
     weights = model.score.weight[0].tolist()
     with torch.no_grad():
@@ -77,15 +81,21 @@ def test_a_new_head_is_zero_and_a_saved_one_is_kept():
 
 @pytest.mark.parametrize("layout", ["shared", "rows"])
 def test_rewards_and_gradients_of_separate_passes(layout, folder):
-    """The reward is the head on the state after the final norm at the answer's last token; each answer alone with its prompt, unpadded."""
+    """The reward is the head on the state after the final norm at the answer's last token; each
+    answer alone with its prompt, unpadded.
+    """
     model, examples = load_with_head(folder), toy_examples(folder)
     weights = torch.linspace(-1.0, 1.5, 2 * len(examples))
     logps, rewards = dph.logps_and_rewards(model, data.collate(examples, 0, layout, "cpu"))
     got = torch.autograd.grad((weights * rewards).sum(), list(model.parameters()), allow_unused=True)
-    states = [model.base_model(torch.tensor([p + c])).last_hidden_state[0, -1] for p, c in evaluate.sequences_of(examples)]
+    states = [
+        model.base_model(torch.tensor([p + c])).last_hidden_state[0, -1] for p, c in evaluate.sequences_of(examples)
+    ]
     expected = model.score(torch.stack(states)).squeeze(-1)
     torch.testing.assert_close(rewards, expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(logps, evaluate.plain_logps(model, evaluate.sequences_of(examples), 0), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        logps, evaluate.plain_logps(model, evaluate.sequences_of(examples), 0), atol=1e-4, rtol=0
+    )
     slow = torch.autograd.grad((weights * expected).sum(), list(model.parameters()), allow_unused=True)
     for a, b in zip(got, slow):
         assert (a is None) == (b is None)
@@ -100,13 +110,15 @@ def test_rewards_are_float32_under_autocast(llama):
     assert logps.dtype == rewards.dtype == torch.float32
 
 
-# --------------------------------------------------------------------------------------------------------- the objective
+# -- the objective
 
 
 @pytest.mark.parametrize("loss", ["separable", "contrastive"])
 @pytest.mark.parametrize(("dph_weight", "dpo_weight"), [(1.0, 1.0), (0.5, 2.0), (1.5, 0.0), (0.0, 1.0)])
 def test_the_joint_objective(loss, dph_weight, dpo_weight, llama):
-    """A weighted sum of the head's loss and cDPO, both with the same label smoothing, written out with sigmoids."""
+    """A weighted sum of the head's loss and cDPO, both with the same label smoothing, written out
+    with sigmoids.
+    """
     model, examples = load_with_head(llama), toy_examples(llama)
     batch = data.collate(examples, 0, "shared", "cpu")
     with torch.no_grad():
@@ -148,8 +160,19 @@ def test_the_head_learns(tmp_path, file13, llama):
 
 @pytest.mark.parametrize("stopped", [False, True])
 def test_the_head_has_its_own_learning_rate(stopped, tmp_path, file13, llama, monkeypatch):
-    """AdamW's first step moves every weight by its learning rate; a stopped run goes on with both rates."""
-    given = {"model": llama, "data": file13, "lr": 1e-4, "head_lr": 1e-2, "warmup": 0.0, "max_steps": 2, "epochs": 2, "save_every": 1}
+    """AdamW's first step moves every weight by its learning rate; a stopped run goes on with both
+    rates.
+    """
+    given = {
+        "model": llama,
+        "data": file13,
+        "lr": 1e-4,
+        "head_lr": 1e-2,
+        "warmup": 0.0,
+        "max_steps": 2,
+        "epochs": 2,
+        "save_every": 1,
+    }
     whole = train("dph", tmp_path / "whole", **given)
     if stopped:
         saved = runtime.Run.save
@@ -162,7 +185,9 @@ def test_the_head_has_its_own_learning_rate(stopped, tmp_path, file13, llama, mo
             patch.setattr(runtime.Run, "save", save_and_die)
             with pytest.raises(RuntimeError, match="killed"):
                 train("dph", tmp_path / "part", **given)
-        assert (resume("dph", tmp_path / "part") / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+        assert (resume("dph", tmp_path / "part") / "model.safetensors").read_bytes() == (
+            whole / "model.safetensors"
+        ).read_bytes()
     else:
         one = train("dph", tmp_path / "one", **{**given, "max_steps": 1})
         head = runtime.load_weights(one, "score.weight")["score.weight"]
@@ -171,11 +196,13 @@ def test_the_head_has_its_own_learning_rate(stopped, tmp_path, file13, llama, mo
         assert max((after[name] - before[name]).abs().max().item() for name in before) == pytest.approx(1e-4, rel=1e-2)
 
 
-# ------------------------------------------------------------------------------------------------------ prior and dropout
+# -- prior and dropout
 
 
 def test_the_prior_pulls_back_and_decay_does_not():
-    """One pull of a tenth goes a tenth of the way to the initial weights, not to zero, and only where `prior` holds a value."""
+    """One pull of a tenth goes a tenth of the way to the initial weights, not to zero, and only
+    where `prior` holds a value.
+    """
     model = models.tiny_llama(20)
     initial = {name: p.detach().clone() for name, p in model.named_parameters()}
     with torch.no_grad():
@@ -193,8 +220,10 @@ def test_the_prior_pulls_back_and_decay_does_not():
 
 @pytest.mark.parametrize("kind", ["tiny_gpt2", "tiny_llama"])
 def test_a_strong_prior_holds_the_matrices_and_nothing_else(kind, request, tmp_path, file13):
-    """lr * prior_decay = 1 puts a matrix back to its initial value after each step. Norms, biases, embeddings and the head move freely.
-    Ordinary decay of the same strength takes the weights to zero instead."""
+    """lr * prior_decay = 1 puts a matrix back to its initial value after each step. Norms, biases,
+    embeddings and the head move freely. Ordinary decay of the same strength takes the weights to
+    zero instead.
+    """
     base = str(request.getfixturevalue(kind))
     setup = {"model": base, "data": file13, "batch_size": 13, "warmup": 0.0, "max_steps": 1, "lr": 0.01}
     run = train("dph", tmp_path / "prior", prior_decay=100.0, **setup)
@@ -207,7 +236,9 @@ def test_a_strong_prior_holds_the_matrices_and_nothing_else(kind, request, tmp_p
             torch.testing.assert_close(value, before[name], atol=1e-6, rtol=1e-6)
         else:
             assert (value - before[name]).abs().max() > 0.005, name
-    decayed = safetensors.torch.load_file(train("dph", tmp_path / "decay", weight_decay=100.0, **setup) / "model.safetensors")
+    decayed = safetensors.torch.load_file(
+        train("dph", tmp_path / "decay", weight_decay=100.0, **setup) / "model.safetensors"
+    )
     name = next(name for name in after if name.endswith(("mlp.c_fc.weight", "mlp.up_proj.weight")))
     assert decayed[name].norm() < 0.2 * before[name].norm()
 
@@ -246,15 +277,19 @@ def test_head_dropout_acts_in_training_and_not_in_evaluation(llama):
 def test_head_dropout_needs_no_lm_dropout(llama):
     """The log-probabilities beside it are exact."""
     model, batch = load_with_head(llama), data.collate(toy_examples(llama), 0, "shared", "cpu")
-    torch.testing.assert_close(dph.logps_and_rewards(model, batch, 0.5)[0], dph.logps_and_rewards(model, batch)[0], rtol=0, atol=0)
+    torch.testing.assert_close(
+        dph.logps_and_rewards(model, batch, 0.5)[0], dph.logps_and_rewards(model, batch)[0], rtol=0, atol=0
+    )
 
 
-# ------------------------------------------------------------------------------------------------------ the run's folder
+# -- the run's folder
 
 
 @pytest.mark.parametrize("kind", ["tiny_gpt2", "tiny_llama", "pad would be eos"])
 def test_a_run_is_a_causal_lm_and_a_reward_model(kind, request, tmp_path, file13):
-    """The head's rewards through AutoModelForSequenceClassification, row by row and padded; the LM's log-probabilities through the other."""
+    """The head's rewards through AutoModelForSequenceClassification, row by row and padded; the
+    LM's log-probabilities through the other.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     base = gpt2_like(tmp_path / "base") if "eos" in kind else str(request.getfixturevalue(kind))
@@ -287,12 +322,22 @@ def test_a_second_run_goes_on_with_the_head(tmp_path, file13, llama):
     assert lines_of(second)[0]["loss"] < lines_of(first)[0]["loss"] - 0.01
 
 
-# ------------------------------------------------------------------------------------------------------------- best of n
+# -- best of n
 
 
 def test_candidates_have_all_rewards_and_the_largest_is_picked(tmp_path, file13, tiny_llama):
-    """Every reward in the file is the head's, computed anew from the answer's text; the best one is picked in both columns."""
-    setup = {"model": str(tiny_llama), "data": file13, "holdout": 0.3, "kl_samples": 6, "n": 4, "max_new_tokens": 5, "seed": 3}
+    """Every reward in the file is the head's, computed anew from the answer's text; the best one is
+    picked in both columns.
+    """
+    setup = {
+        "model": str(tiny_llama),
+        "data": file13,
+        "holdout": 0.3,
+        "kl_samples": 6,
+        "n": 4,
+        "max_new_tokens": 5,
+        "seed": 3,
+    }
     run = train("dph", tmp_path / "run", **setup)
     lines = [json.loads(line) for line in (run / "candidates.jsonl").read_text().splitlines()]
     assert [line["column"] for line in lines] == ["after_best_of_n"] * 6 + ["reference_best_of_n"] * 6
@@ -300,12 +345,17 @@ def test_candidates_have_all_rewards_and_the_largest_is_picked(tmp_path, file13,
         assert len(line["answers"]) == len(line["rewards"]) == 4
         assert line["rewards"][line["picked"]] == max(line["rewards"])
     assert any(len(set(line["rewards"])) > 1 for line in lines)
-    tokenizer, head = runtime.load_tokenizer(str(run)), safetensors.torch.load_file(run / "model.safetensors")["score.weight"][0]
+    tokenizer, head = (
+        runtime.load_tokenizer(str(run)),
+        safetensors.torch.load_file(run / "model.safetensors")["score.weight"][0],
+    )
     policy, checked = model_of(run), 0
     for line in lines:
         for answer, reward in zip(line["answers"], line["rewards"]):
             words = answer.split()
-            if len(words) == 5 and not any(word.startswith("<") for word in words):  # cut answers without EOS can be read back exactly
+            if len(words) == 5 and not any(
+                word.startswith("<") for word in words
+            ):  # cut answers without EOS can be read back exactly
                 ids = tokenizer(line["prompt"] + " " + answer).input_ids
                 with torch.no_grad():
                     state = policy.base_model(torch.tensor([ids])).last_hidden_state[0, -1]
@@ -318,8 +368,20 @@ def test_candidates_have_all_rewards_and_the_largest_is_picked(tmp_path, file13,
 
 
 def test_the_best_of_n_costs_at_most_its_bound(tmp_path, file13, llama):
-    """With a frozen LM, policy and reference are one, so the KL of the best of n is log n - (n - 1) / n."""
-    run = train("dph", tmp_path / "run", model=llama, data=file13, holdout=0.3, kl_samples=4, n=4, max_new_tokens=4, freeze_backbone=True)
+    """With a frozen LM, policy and reference are one, so the KL of the best of n is log n - (n - 1)
+    / n.
+    """
+    run = train(
+        "dph",
+        tmp_path / "run",
+        model=llama,
+        data=file13,
+        holdout=0.3,
+        kl_samples=4,
+        n=4,
+        max_new_tokens=4,
+        freeze_backbone=True,
+    )
     summary = json.loads((run / "summary.json").read_text())
     for column in ("after_best_of_n", "reference_best_of_n"):
         assert summary[column]["kl"] == pytest.approx(math.log(4) - 3 / 4, abs=1e-6)
@@ -327,16 +389,25 @@ def test_the_best_of_n_costs_at_most_its_bound(tmp_path, file13, llama):
 
 
 def test_evaluate_writes_the_heads_rewards(toy_base, tmp_path):
-    """`python -m common.evaluate` on a DPH run: the rewards that a sequence-classification loader gives, null where a row is unusable."""
+    """`python -m common.evaluate` on a DPH run: the rewards that a sequence-classification loader
+    gives, null where a row is unusable.
+    """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     from common import evaluate
 
     dph.main(dph.Args(max_steps=5, kl_samples=0, output_dir=str(tmp_path), name="run"))
-    pairs = [("what is one plus two ?", " it is three .", " it is four , you fool ."), ("what is one plus two ?", " it is three .", "")]
+    pairs = [
+        ("what is one plus two ?", " it is three .", " it is four , you fool ."),
+        ("what is one plus two ?", " it is three .", ""),
+    ]
     rows = [dict(zip(("prompt", "chosen", "rejected"), pair)) for pair in pairs]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    evaluate.main(evaluate.Args(model=str(tmp_path / "run"), data=str(tmp_path / "rows.jsonl"), output=str(tmp_path / "scores.jsonl")))
+    evaluate.main(
+        evaluate.Args(
+            model=str(tmp_path / "run"), data=str(tmp_path / "rows.jsonl"), output=str(tmp_path / "scores.jsonl")
+        )
+    )
     good, bad = (json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines())
     assert (bad["chosen_reward"], bad["rejected_reward"], bad["chosen_logps"]) == (None, None, None)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")

@@ -1,4 +1,6 @@
-"""Sampling: the model's own distribution and nothing else, whatever the checkpoint's generation_config, the padding and the tokenizer say."""
+"""Sampling: the model's own distribution and nothing else, whatever the checkpoint's
+generation_config, the padding and the tokenizer say.
+"""
 
 import random
 from collections import Counter
@@ -16,12 +18,16 @@ ENDS = SimpleNamespace(pad_token_id=PAD, eos_token_id=EOS)  # all that sample as
 
 
 def chi_square(counts: dict[int, int], probabilities: torch.Tensor) -> float:
-    """Pearson's statistic as a number of standard deviations above its expectation; tokens expected less than five times are taken together."""
+    """Pearson's statistic as a number of standard deviations above its expectation; tokens expected
+    less than five times are taken together.
+    """
     total = sum(counts.values())
     expected = total * probabilities
     found = torch.tensor([float(counts.get(v, 0)) for v in range(len(probabilities))], dtype=torch.float64)
     rare = expected < 5
-    groups = [(found[~rare], expected[~rare])] + ([(found[rare].sum()[None], expected[rare].sum()[None])] if rare.any() else [])
+    groups = [(found[~rare], expected[~rare])] + (
+        [(found[rare].sum()[None], expected[rare].sum()[None])] if rare.any() else []
+    )
     found, expected = (torch.cat(column) for column in zip(*groups))
     if (expected == 0).any():
         assert (found[expected == 0] == 0).all()
@@ -32,7 +38,9 @@ def chi_square(counts: dict[int, int], probabilities: torch.Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def flat():
-    """A bigram model of 120 words, all of them likely: sampling from the 50 likeliest would be seen at once."""
+    """A bigram model of 120 words, all of them likely: sampling from the 50 likeliest would be seen
+    at once.
+    """
     table = models.random_table(120, seed=1, spread=0.3)
     return SimpleNamespace(table=table, load=lambda: models.bigram_model(table))
 
@@ -45,7 +53,8 @@ def test_frequencies_are_the_softmax(flat):
     counts = Counter(ids[0] for ids in draw(flat.load(), [BOS, 7], 20_000, seed=3))
     assert len(counts) > 115  # top_k = 50, which transformers uses where nothing is said, would leave 50
     assert chi_square(counts, flat.table[7].exp()) < 5
-    # negative controls: the bound tells apart the 50 likeliest of 120 words, and a temperature of .6
+    # negative controls: the bound tells apart the 50 likeliest of 120 words, and a temperature of
+    # .6
     generator = torch.Generator().manual_seed(0)
     top = flat.table[7].exp() * (flat.table[7] >= flat.table[7].topk(50).values[-1])
     for other, least in ((top, 100), ((flat.table[7] / 0.6).softmax(-1), 15)):
@@ -111,11 +120,17 @@ def test_temperature_zero_is_greedy(flat):
 )
 def test_the_checkpoints_generation_config_does_not_leak(flat, changes):
     model = flat.load()
-    expected = [draw(model, [BOS, 7], 50, max_new_tokens=12), draw(model, [BOS, 7], 1, max_new_tokens=12, temperature=0)]
+    expected = [
+        draw(model, [BOS, 7], 50, max_new_tokens=12),
+        draw(model, [BOS, 7], 1, max_new_tokens=12, temperature=0),
+    ]
     for name, value in changes.items():
         setattr(model.generation_config, name, value)
     own = model.generation_config
-    assert [draw(model, [BOS, 7], 50, max_new_tokens=12), draw(model, [BOS, 7], 1, max_new_tokens=12, temperature=0)] == expected
+    assert [
+        draw(model, [BOS, 7], 50, max_new_tokens=12),
+        draw(model, [BOS, 7], 1, max_new_tokens=12, temperature=0),
+    ] == expected
     assert model.generation_config is own  # and it is still there afterwards
     assert all(getattr(own, name) == value for name, value in changes.items())
 
@@ -126,14 +141,16 @@ def test_a_saved_generation_config_does_not_leak(flat, tmp_path):
 
     model = flat.load()
     expected = draw(model, [BOS, 7], 200, max_new_tokens=6)
-    model.generation_config = GenerationConfig(do_sample=True, temperature=0.3, top_k=5, top_p=0.9, repetition_penalty=1.5, eos_token_id=[2, 5, 9])
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=0.3, top_k=5, top_p=0.9, repetition_penalty=1.5, eos_token_id=[2, 5, 9]
+    )
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.generation_config.top_k == 5
     assert draw(loaded, [BOS, 7], 200, max_new_tokens=6) == expected
 
 
-# ---------------------------------------------------------------------------------------------------------------- padding
+# -- padding
 
 
 def prompts_of_many_lengths():
@@ -148,7 +165,9 @@ def test_padding_on_the_left_changes_nothing(build):
     alone = [evaluate.sample(model, [prompt], ENDS, 12, temperature=0)[0] for prompt in prompts]
     assert together == alone
     assert len({tuple(ids) for ids in alone}) >= len(prompts) - 1  # answers that do depend on the prompt
-    for prompt, completion in zip(prompts, alone):  # and they are what a forward pass over the text so far says, without a cache
+    for prompt, completion in zip(
+        prompts, alone
+    ):  # and they are what a forward pass over the text so far says, without a cache
         ids = list(prompt)
         for token in completion:
             assert int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()) == token
@@ -156,7 +175,9 @@ def test_padding_on_the_left_changes_nothing(build):
 
 
 def test_answers_come_back_in_the_order_of_the_prompts(bigram):
-    """Prompts are sorted by length inside; which batch size is used says nothing about which answer belongs to which prompt."""
+    """Prompts are sorted by length inside; which batch size is used says nothing about which answer
+    belongs to which prompt.
+    """
     prompts = [[BOS, *([5] * i), 20 + i] for i in (9, 0, 4, 7, 2, 5, 1)]
     expected = [evaluate.sample(bigram.load(), [prompt], ENDS, 3, temperature=0)[0] for prompt in prompts]
     assert [ids[0] for ids in expected] == [int(bigram.table[prompt[-1]].argmax()) for prompt in prompts]
@@ -168,11 +189,13 @@ def test_no_prompts_no_answers(bigram):
     assert evaluate.sample(bigram.load(), [], ENDS, 3) == []
 
 
-# --------------------------------------------------------------------------------------------------------------- the end
+# -- the end
 
 
 def model_that_ends(pad: int = PAD):
-    """Half of all tokens are EOS, and the rest pad tokens as often as words: neither may be taken for the other."""
+    """Half of all tokens are EOS, and the rest pad tokens as often as words: neither may be taken
+    for the other.
+    """
     probabilities = torch.tensor([0.2, 0.1, 0.5, 0.1, 0.1], dtype=torch.float64)
     return models.bigram_model(probabilities.log().expand(5, 5).clone())
 
@@ -192,10 +215,16 @@ def test_eos_is_kept_and_nothing_comes_after_it():
 def test_a_tokenizer_whose_pad_is_eos_gives_the_same_answers():
     prompts = [[BOS, 3], [BOS, 3, 4, 3], [BOS]] * 50
     expected = evaluate.sample(model_that_ends(), prompts, ENDS, 6, seed=1)
-    assert evaluate.sample(model_that_ends(), prompts, SimpleNamespace(pad_token_id=EOS, eos_token_id=EOS), 6, seed=1) == expected
+    assert (
+        evaluate.sample(model_that_ends(), prompts, SimpleNamespace(pad_token_id=EOS, eos_token_id=EOS), 6, seed=1)
+        == expected
+    )
     llama, prompts = models.tiny_llama(80), prompts_of_many_lengths()
     expected = evaluate.sample(llama, prompts, ENDS, 8, temperature=0)
-    assert evaluate.sample(llama, prompts, SimpleNamespace(pad_token_id=EOS, eos_token_id=EOS), 8, temperature=0) == expected
+    assert (
+        evaluate.sample(llama, prompts, SimpleNamespace(pad_token_id=EOS, eos_token_id=EOS), 8, temperature=0)
+        == expected
+    )
 
 
 def test_a_prompt_that_holds_eos_is_answered():
@@ -211,7 +240,7 @@ def test_text_of_leaves_out_eos_and_nothing_else(toy_tokenizer):
     assert evaluate.text_of(toy_tokenizer, [PAD, *ids]) == "<pad> it is paris ."  # a sampled pad token is shown
 
 
-# ---------------------------------------------------------------------------------------------------- what is left alone
+# -- what is left alone
 
 
 def test_the_callers_random_numbers_and_mode_are_untouched(bigram):

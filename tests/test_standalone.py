@@ -1,5 +1,7 @@
-"""Each script, copied alone into an empty folder, is a module: it imports without common/ and datasets, and its loss runs on a batch that is
-built here by hand from the description in its docstring, as somebody who copies the file would build one."""
+"""Each script, copied alone into an empty folder, is a module: it imports without common/ and
+datasets, and its loss runs on a batch that is built here by hand from the description in its
+docstring, as somebody who copies the file would build one.
+"""
 
 import importlib
 import json
@@ -14,10 +16,12 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 
-# Loss summed over the two rows where the policy is the reference and a reward head is zero. typo: with log-probabilities alone, see `plain`.
+# Loss summed over the two rows where the policy is the reference and a reward head is zero. typo:
+# with log-probabilities alone, see `plain`.
 START = {"dpo": 2 * math.log(2), "cdpo": 2 * math.log(2), "dph": 2 * (2 * math.log(2) + math.log(2)), "typo": None}
 
-# Runs inside the empty folder, on its own: what is blocked here must not be blocked for the other tests.
+# Runs inside the empty folder, on its own: what is blocked here must not be blocked for the other
+# tests.
 PROGRAM = '''
 import importlib, json, sys
 
@@ -43,7 +47,8 @@ head = hasattr(script, "add_head")
 model = script.add_head(model, {}) if head else model
 args = script.Args()
 
-# Two rows, (prompt, chosen, rejected), with prompts and answers of different length. Sequences: chosen of both rows, then rejected of both.
+# Two rows, (prompt, chosen, rejected), with prompts and answers of different length. Sequences:
+# chosen of both rows, then rejected of both.
 rows = [([3, 4, 5], [6, 7], [8, 9, 10]), ([11, 12], [13, 14, 15, 1], [16])]
 texts = [(prompt, chosen) for prompt, chosen, _ in rows] + [(prompt, rejected) for prompt, _, rejected in rows]
 
@@ -109,7 +114,8 @@ def loss(batch, ref, ref_logits):
     return value.item()
 
 
-# Log-probabilities by the longest way round: each sequence alone, full logits, every token looked up.
+# Log-probabilities by the longest way round: each sequence alone, full logits, every token looked
+# up.
 logps, logits = [], []
 with torch.no_grad():
     for prompt, answer in texts:
@@ -129,10 +135,15 @@ print(json.dumps(found))
 '''
 
 
-# Loss summed over rows with one answer, from their summed log-probabilities, those of the reference and labels, as each script's docstring writes it.
+# Loss summed over rows with one answer, from their summed log-probabilities, those of the reference
+# and labels, as each script's docstring writes it.
 ONE_ANSWER = {
-    "pointwise_dpo": lambda args, logps, ref, z: sum(-math.log(sigma((1 if y else -1) * args.beta * (p - r))) for p, r, y in zip(logps, ref, z)),
-    "ulma": lambda args, logps, ref, z: sum(-p if y else -math.log(sigma(-args.beta * (p - r))) for p, r, y in zip(logps, ref, z)),
+    "pointwise_dpo": lambda args, logps, ref, z: sum(
+        -math.log(sigma((1 if y else -1) * args.beta * (p - r))) for p, r, y in zip(logps, ref, z)
+    ),
+    "ulma": lambda args, logps, ref, z: sum(
+        -p if y else -math.log(sigma(-args.beta * (p - r))) for p, r, y in zip(logps, ref, z)
+    ),
     "sft": lambda args, logps, ref, z: -sum(logps),
 }
 
@@ -228,15 +239,19 @@ def sigma(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
 
-# Loss summed over the ten targets of two chunks, from their log-probabilities and scores, as each script's docstring writes it, at threshold .25. A
-# zero head's value is -1/2.
+# Loss summed over the ten targets of two chunks, from their log-probabilities and scores, as each
+# script's docstring writes it, at threshold .25. A zero head's value is -1/2.
 CORPUS = {
     "mle_pretrain": lambda args, logp, score: -logp,
     "filtered_pretrain": lambda args, logp, score: -logp,
     "conditional_pretrain": lambda args, logp, score: -logp,
-    "unlikelihood_pretrain": lambda args, logp, score: -logp if score <= 0.25 else -args.alpha * math.log(1 - math.exp(logp)),
+    "unlikelihood_pretrain": lambda args, logp, score: (
+        -logp if score <= 0.25 else -args.alpha * math.log(1 - math.exp(logp))
+    ),
     "rwr_pretrain": lambda args, logp, score: -math.exp(-score / args.beta) * logp,
-    "awr_pretrain": lambda args, logp, score: -args.alpha * math.exp((0.5 - score) / args.beta) * logp + (1 - args.alpha) * (0.5 - score) ** 2,
+    "awr_pretrain": lambda args, logp, score: (
+        -args.alpha * math.exp((0.5 - score) / args.beta) * logp + (1 - args.alpha) * (0.5 - score) ** 2
+    ),
 }
 
 CORPUS_PROGRAM = """

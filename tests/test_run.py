@@ -1,4 +1,6 @@
-"""common.runtime piece by piece: schedule, dropout, pad ids, kept values, passes without gradients, means of metrics."""
+"""common.runtime piece by piece: schedule, dropout, pad ids, kept values, passes without gradients,
+means of metrics.
+"""
 
 import json
 import math
@@ -31,7 +33,7 @@ def rows_of_lengths(*lengths: int) -> list[dict]:
     return [{"prompt": [1] * n, "completions": [[3, 2], [4, 2]]} for n in lengths]
 
 
-# ------------------------------------------------------------------------------------------------------------ schedule
+# -- schedule
 
 
 def test_learning_rate_rises_and_falls_in_straight_lines(start):
@@ -58,12 +60,14 @@ def test_warmup_below_one_is_a_share(start):
     assert run.learning_rate(0, 100) == 1.0
 
 
-# -------------------------------------------------------------------------------------------------------------- models
+# -- models
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_disable_dropout(kind):
-    """Modules and functional dropout, which attention has; in training mode two passes are then equal, and the configuration stays."""
+    """Modules and functional dropout, which attention has; in training mode two passes are then
+    equal, and the configuration stays.
+    """
     model = models.tiny_gpt2(20) if kind == "gpt2" else models.tiny_llama(20, attention_dropout=0.3)
     ids = torch.tensor([[1, 5, 9, 4, 2]])
     model.train()
@@ -115,7 +119,7 @@ def test_one_weight_of_a_folder(tmp_path):
     assert runtime.load_weights(tmp_path, "score.weight") == {}
 
 
-# --------------------------------------------------------------------------------------------------------- kept values
+# -- kept values
 
 
 def test_values_are_kept_and_random_numbers_left_alone(start, tmp_path):
@@ -142,10 +146,14 @@ def test_values_are_kept_and_random_numbers_left_alone(start, tmp_path):
 def test_json_is_valid_whatever_is_measured(tmp_path):
     runtime.write_json(tmp_path / "x.json", {"a": math.nan, "b": [math.inf, 1], "c": {"d": -math.inf}})
     text = (tmp_path / "x.json").read_text()
-    assert json.loads(text, parse_constant=lambda word: pytest.fail(word)) == {"a": None, "b": [None, 1], "c": {"d": None}}
+    assert json.loads(text, parse_constant=lambda word: pytest.fail(word)) == {
+        "a": None,
+        "b": [None, 1],
+        "c": {"d": None},
+    }
 
 
-# ------------------------------------------------------------------------------------------- passes without gradients
+# -- passes without gradients
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 8])
@@ -175,7 +183,9 @@ def test_mean_metrics_weigh_every_row_alike(start, micro_batch_size):
 
 @pytest.mark.parametrize("script", PAIRS)
 def test_logged_means_weigh_every_pair_alike_over_uneven_steps(script, tmp_path, file13, tiny_llama):
-    """One line for two steps of 8 and 5 rows, in micro-batches of 3, while the weights stand still: the mean over the 13 pairs."""
+    """One line for two steps of 8 and 5 rows, in micro-batches of 3, while the weights stand still:
+    the mean over the 13 pairs.
+    """
     setup = {"model": str(tiny_llama), "data": file13, "lr": 1e-12, "log_every": 2, "micro_batch_size": 3}
     (line,) = lines_of(train(script, tmp_path / "run", **setup))
     tokenizer = runtime.load_tokenizer(str(tiny_llama))
@@ -194,7 +204,7 @@ def test_over_all_processes_every_row_counts_once(world_size):
         assert sorted(i for share in shares for rows, real in share if real for i in rows) == list(range(count))
 
 
-# ---------------------------------------------------------------------------------------------------------- evaluation
+# -- evaluation
 
 
 def test_accuracy_counts_ties_one_half():
@@ -208,7 +218,9 @@ def test_accuracy_counts_ties_one_half():
 
 
 def test_kl_of_samples_on_bigram_tables():
-    """Along a completion the sum over its tokens of the exact KL between two rows of the tables; padding and prompt count nothing."""
+    """Along a completion the sum over its tokens of the exact KL between two rows of the tables;
+    padding and prompt count nothing.
+    """
     p, q = models.random_table(8, seed=1), models.random_table(8, seed=2)
     prompts, completions = [[1, 5], [1], [1, 3, 3, 4]], [[4, 3, 2], [2], [6, 6, 7, 5]]
     per_row = (p.exp() * (p - q)).sum(-1)
@@ -218,7 +230,9 @@ def test_kl_of_samples_on_bigram_tables():
 
 
 def test_the_fused_gelu_is_the_same_function(tiny_gpt2):
-    """Logits of GPT-2 as transformers loads it, and of the same file here; what is saved names the activation as it was."""
+    """Logits of GPT-2 as transformers loads it, and of the same file here; what is saved names the
+    activation as it was.
+    """
     from transformers import AutoModelForCausalLM
 
     plain, fused = AutoModelForCausalLM.from_pretrained(tiny_gpt2).eval(), runtime.load_model(tiny_gpt2, "cpu").eval()
@@ -230,16 +244,22 @@ def test_the_fused_gelu_is_the_same_function(tiny_gpt2):
     assert fused.config.activation_function == plain.config.activation_function == "gelu_new"
 
 
-# ---------------------------------------------------------------------------------------------------------- work of a GPU
+# -- work of a GPU
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_floating_point_operations_of_training(kind):
-    """Against torch's own count of products in a forward and a backward pass; norms and biases are the small difference."""
+    """Against torch's own count of products in a forward and a backward pass; norms and biases are
+    the small difference.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     make = {"gpt2": models.tiny_gpt2, "llama": models.tiny_llama}[kind]
-    shape = {"n_embd": 64, "n_layer": 3} if kind == "gpt2" else {"hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 128, "num_key_value_heads": 4}
+    shape = (
+        {"n_embd": 64, "n_layer": 3}
+        if kind == "gpt2"
+        else {"hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 128, "num_key_value_heads": 4}
+    )
     model = make(500, **shape, attn_implementation="eager")
     ids = torch.zeros(2, 96, dtype=torch.int64)
     with FlopCounterMode(display=False) as counted:
@@ -249,7 +269,13 @@ def test_floating_point_operations_of_training(kind):
 
 def test_the_peak_of_a_gpu_by_its_name(monkeypatch):
     assert runtime.peak_flops(torch.device("cpu"), torch.bfloat16) is None
-    names = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H200": 989e12, "Something Else": None}
+    names = {
+        "NVIDIA H100 80GB HBM3": 989e12,
+        "NVIDIA H100 PCIe": 756e12,
+        "NVIDIA A100-SXM4-80GB": 312e12,
+        "NVIDIA H200": 989e12,
+        "Something Else": None,
+    }
     for name, peak in names.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert runtime.peak_flops(torch.device("cuda", 0), torch.bfloat16) == peak
