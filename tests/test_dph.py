@@ -10,7 +10,9 @@ import safetensors.torch
 import torch
 
 import dph
-from common import data, evaluate, runtime
+from common import batches, data, evaluate, oracle
+from common import models as model_loading
+from common.run import Run
 from tests import models
 from tests.runs import gpt2_like, lines_of, model_of, pairs, resume, train, write_pairs
 
@@ -44,13 +46,11 @@ def with_head(model, seed: int = 0):
 
 
 def load_with_head(folder: str):
-    model = with_head(runtime.load_model(folder, "cpu"))
-    runtime.disable_dropout(model)
-    return model.train()
+    return with_head(model_loading.load_model(folder, "cpu")).train()
 
 
 def toy_examples(folder: str, rows: int = 6) -> list[dict]:
-    tokenizer = runtime.load_tokenizer(folder)
+    tokenizer = model_loading.load_tokenizer(folder)
     return list(data.encode_rows(tokenizer, [(r["prompt"], r["chosen"], r["rejected"]) for r in pairs(rows)], 128))
 
 
@@ -65,7 +65,7 @@ def test_rewards_of_a_model_made_by_hand(layout):
     model = with_head(models.bigram_model(models.random_table(8)))
     weights = model.score.weight[0].tolist()
     with torch.no_grad():
-        _, got = dph.logps_and_rewards(model, data.collate(EXAMPLES, 0, layout, "cpu"))
+        _, got = dph.logps_and_rewards(model, batches.collate(EXAMPLES, 0, layout, "cpu"))
     assert got.tolist() == pytest.approx([weights[e["completions"][j][-1]] for j in (0, 1) for e in EXAMPLES], abs=1e-5)
 
 
@@ -86,16 +86,14 @@ def test_rewards_and_gradients_of_separate_passes(layout, folder):
     """
     model, examples = load_with_head(folder), toy_examples(folder)
     weights = torch.linspace(-1.0, 1.5, 2 * len(examples))
-    logps, rewards = dph.logps_and_rewards(model, data.collate(examples, 0, layout, "cpu"))
+    logps, rewards = dph.logps_and_rewards(model, batches.collate(examples, 0, layout, "cpu"))
     got = torch.autograd.grad((weights * rewards).sum(), list(model.parameters()), allow_unused=True)
     states = [
-        model.base_model(torch.tensor([p + c])).last_hidden_state[0, -1] for p, c in evaluate.sequences_of(examples)
+        model.base_model(torch.tensor([p + c])).last_hidden_state[0, -1] for p, c in oracle.sequences_of(examples)
     ]
     expected = model.score(torch.stack(states)).squeeze(-1)
     torch.testing.assert_close(rewards, expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(
-        logps, evaluate.plain_logps(model, evaluate.sequences_of(examples), 0), atol=1e-4, rtol=0
-    )
+    torch.testing.assert_close(logps, oracle.plain_logps(model, oracle.sequences_of(examples), 0), atol=1e-4, rtol=0)
     slow = torch.autograd.grad((weights * expected).sum(), list(model.parameters()), allow_unused=True)
     for a, b in zip(got, slow):
         assert (a is None) == (b is None)
@@ -104,7 +102,7 @@ def test_rewards_and_gradients_of_separate_passes(layout, folder):
 
 
 def test_rewards_are_float32_under_autocast(llama):
-    model, batch = load_with_head(llama), data.collate(toy_examples(llama), 0, "shared", "cpu")
+    model, batch = load_with_head(llama), batches.collate(toy_examples(llama), 0, "shared", "cpu")
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         logps, rewards = dph.logps_and_rewards(model, batch)
     assert logps.dtype == rewards.dtype == torch.float32
@@ -120,13 +118,19 @@ def test_the_joint_objective(loss, dph_weight, dpo_weight, llama):
     with sigmoids.
     """
     model, examples = load_with_head(llama), toy_examples(llama)
-    batch = data.collate(examples, 0, "shared", "cpu")
+    batch = batches.collate(examples, 0, "shared", "cpu")
     with torch.no_grad():
         (chosen, rejected), (r_w, r_l) = (values.chunk(2) for values in dph.logps_and_rewards(model, batch))
     generator = torch.Generator().manual_seed(0)
     ref_chosen, ref_rejected = (x + torch.randn(x.shape, generator=generator) for x in (chosen, rejected))
     batch |= {"ref_chosen_logps": ref_chosen, "ref_rejected_logps": ref_rejected}
-    args = dph.Args(dph_loss=loss, dph_weight=dph_weight, dpo_weight=dpo_weight, label_smoothing=0.2, beta=0.4)
+    numbers = {
+        "dph_loss": loss,
+        "dph_weight": dph_weight,
+        "dpo_weight": dpo_weight,
+        "label_smoothing": 0.2,
+        "beta": 0.4,
+    }
 
     def smoothed(x, good):
         return -good * torch.sigmoid(x).log() - (1 - good) * torch.sigmoid(-x).log()
@@ -134,7 +138,7 @@ def test_the_joint_objective(loss, dph_weight, dpo_weight, llama):
     head = smoothed(r_w, 0.8) + smoothed(r_l, 0.2) if loss == "separable" else smoothed(r_w - r_l, 0.8)
     cdpo = smoothed(0.4 * ((chosen - ref_chosen) - (rejected - ref_rejected)), 0.8)
     expected = dph_weight * head + dpo_weight * cdpo
-    got, metrics = dph.compute_loss(model, batch, args)
+    got, metrics = dph.compute_loss(model, batch, **numbers)
     assert got.item() == pytest.approx(expected.sum().item(), rel=1e-4)
     assert metrics["loss"].item() == pytest.approx(expected.sum().item(), rel=1e-4)
     assert metrics["rewards/margins"].item() == pytest.approx((r_w - r_l).sum().item(), rel=1e-3, abs=1e-3)
@@ -175,14 +179,14 @@ def test_the_head_has_its_own_learning_rate(stopped, tmp_path, file13, llama, mo
     }
     whole = train("dph", tmp_path / "whole", **given)
     if stopped:
-        saved = runtime.Run.save
+        saved = Run.save
 
         def save_and_die(self, *values):
             saved(self, *values)
             raise RuntimeError("killed")
 
         with monkeypatch.context() as patch:
-            patch.setattr(runtime.Run, "save", save_and_die)
+            patch.setattr(Run, "save", save_and_die)
             with pytest.raises(RuntimeError, match="killed"):
                 train("dph", tmp_path / "part", **given)
         assert (resume("dph", tmp_path / "part") / "model.safetensors").read_bytes() == (
@@ -190,10 +194,32 @@ def test_the_head_has_its_own_learning_rate(stopped, tmp_path, file13, llama, mo
         ).read_bytes()
     else:
         one = train("dph", tmp_path / "one", **{**given, "max_steps": 1})
-        head = runtime.load_weights(one, "score.weight")["score.weight"]
+        head = model_loading.load_weights(one, "score.weight")["score.weight"]
         assert head.abs().max().item() == pytest.approx(1e-2, rel=1e-3)
         before, after = model_of(llama).state_dict(), model_of(one).state_dict()
         assert max((after[name] - before[name]).abs().max().item() for name in before) == pytest.approx(1e-4, rel=1e-2)
+
+
+def test_the_heads_rate_and_the_prior_follow_the_schedule(tmp_path, file13, llama, monkeypatch):
+    """Of three steps without warm-up the rates are 3/3, 2/3 and 1/3 of their peaks: the backbone's,
+    the head's, and the share of the way that the prior pulls the weights back.
+    """
+    rates, pulls, step, pull = [], [], torch.optim.AdamW.step, dph.pull_to_prior
+
+    def stepping(optimizer, *args, **kwargs):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        return step(optimizer, *args, **kwargs)
+
+    def pulling(model, prior, rate):
+        pulls.append(rate)
+        return pull(model, prior, rate)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", stepping)
+    monkeypatch.setattr(dph, "pull_to_prior", pulling)
+    setup = {"model": llama, "data": file13, "batch_size": 4, "max_steps": 3, "warmup": 0.0}
+    train("dph", tmp_path / "run", lr=3e-3, head_lr=3e-2, prior_decay=5.0, **setup)
+    assert [rate for pair in rates for rate in pair] == pytest.approx([3e-3, 3e-2, 2e-3, 2e-2, 1e-3, 1e-2])
+    assert pulls == pytest.approx([15e-3, 10e-3, 5e-3])
 
 
 # -- prior and dropout
@@ -258,13 +284,13 @@ def test_a_frozen_backbone_leaves_the_lm_untouched(dpo_weight, tmp_path, file13,
 
 
 def test_head_dropout_acts_in_training_and_not_in_evaluation(llama):
-    model, batch = load_with_head(llama), data.collate(toy_examples(llama), 0, "shared", "cpu")
-    args = dph.Args(head_dropout=0.5, dpo_weight=0.0)
+    model, batch = load_with_head(llama), batches.collate(toy_examples(llama), 0, "shared", "cpu")
+    numbers = {"head_dropout": 0.5, "dpo_weight": 0.0}
     plain = dph.logps_and_rewards(model, batch)[1].detach()
     torch.manual_seed(0)
-    trained = [dph.compute_loss(model, batch, args)[0].item() for _ in range(2)]
+    trained = [dph.compute_loss(model, batch, **numbers)[0].item() for _ in range(2)]
     with torch.no_grad():
-        evaluated = [dph.compute_loss(model, batch, args)[0].item() for _ in range(2)]
+        evaluated = [dph.compute_loss(model, batch, **numbers)[0].item() for _ in range(2)]
         rewards = dph.logps_and_rewards(model, batch, head_dropout=0.5)[1]
     assert trained[0] != trained[1]
     assert evaluated[0] == evaluated[1]
@@ -276,7 +302,7 @@ def test_head_dropout_acts_in_training_and_not_in_evaluation(llama):
 
 def test_head_dropout_needs_no_lm_dropout(llama):
     """The log-probabilities beside it are exact."""
-    model, batch = load_with_head(llama), data.collate(toy_examples(llama), 0, "shared", "cpu")
+    model, batch = load_with_head(llama), batches.collate(toy_examples(llama), 0, "shared", "cpu")
     torch.testing.assert_close(
         dph.logps_and_rewards(model, batch, 0.5)[0], dph.logps_and_rewards(model, batch)[0], rtol=0, atol=0
     )
@@ -299,11 +325,13 @@ def test_a_run_is_a_causal_lm_and_a_reward_model(kind, request, tmp_path, file13
     judge = AutoModelForSequenceClassification.from_pretrained(run, num_labels=1).eval()
     assert AutoConfig.from_pretrained(run).num_labels == 1  # for those who do not say so when they load it
     examples = toy_examples(str(run))
-    sequences = evaluate.sequences_of(examples)
+    sequences = oracle.sequences_of(examples)
     head = safetensors.torch.load_file(run / "model.safetensors")["score.weight"]
-    model = dph.add_head(runtime.load_model(str(run), "cpu"), {"score.weight": head}).eval()
+    model = dph.add_head(model_loading.load_model(str(run), "cpu"), {"score.weight": head}).eval()
     with torch.no_grad():
-        logps, rewards = dph.logps_and_rewards(model, data.collate(examples, tokenizer.pad_token_id, "shared", "cpu"))
+        logps, rewards = dph.logps_and_rewards(
+            model, batches.collate(examples, tokenizer.pad_token_id, "shared", "cpu")
+        )
         alone = torch.cat([judge(torch.tensor([p + c])).logits[:, 0] for p, c in sequences])
         tokenizer.padding_side = "right"
         padded = tokenizer.pad({"input_ids": [p + c for p, c in sequences]}, return_tensors="pt")
@@ -313,7 +341,7 @@ def test_a_run_is_a_causal_lm_and_a_reward_model(kind, request, tmp_path, file13
     torch.testing.assert_close(alone, rewards, atol=1e-5, rtol=0)
     torch.testing.assert_close(together, rewards, atol=1e-5, rtol=0)
     # Texts of bytes are long: at 500 nats, neighbouring float32 numbers are 3e-5 apart.
-    torch.testing.assert_close(evaluate.plain_logps(lm, sequences, tokenizer.pad_token_id), logps, atol=1e-4, rtol=1e-6)
+    torch.testing.assert_close(oracle.plain_logps(lm, sequences, tokenizer.pad_token_id), logps, atol=1e-4, rtol=1e-6)
 
 
 def test_a_second_run_goes_on_with_the_head(tmp_path, file13, llama):
@@ -346,7 +374,7 @@ def test_candidates_have_all_rewards_and_the_largest_is_picked(tmp_path, file13,
         assert line["rewards"][line["picked"]] == max(line["rewards"])
     assert any(len(set(line["rewards"])) > 1 for line in lines)
     tokenizer, head = (
-        runtime.load_tokenizer(str(run)),
+        model_loading.load_tokenizer(str(run)),
         safetensors.torch.load_file(run / "model.safetensors")["score.weight"][0],
     )
     policy, checked = model_of(run), 0
@@ -393,8 +421,6 @@ def test_evaluate_writes_the_heads_rewards(toy_base, tmp_path):
     gives, null where a row is unusable.
     """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    from common import evaluate
 
     dph.main(dph.Args(max_steps=5, kl_samples=0, output_dir=str(tmp_path), name="run"))
     pairs = [

@@ -63,7 +63,7 @@ def by_line(length=7):
         batch["position_ids"].append(list(range(len(ids))) + padding)
         batch["attention_mask"].append([1] * len(ids) + padding)
         begin = line * length + len(prompt)  # flat position of the answer's first token, which the position before predicts
-        batch["source"] += range(begin - 1, begin - 1 + len(answer))
+        batch["logit_index"] += range(begin - 1, begin - 1 + len(answer))
         batch["last"].append(begin + len(answer) - 1)
     return finished(batch)
 
@@ -87,7 +87,7 @@ def shared(length=9):
         owner += [-1] * padding
         sees = [[k <= q and owner[k] in (0, owner[q]) for k in range(length)] for q in range(length)]
         batch["attention_mask"].append([[[0.0 if yes else -1e9 for yes in line] for line in sees]])
-    batch["source"] = [position for s in range(4) for position in sources[s]]
+    batch["logit_index"] = [position for s in range(4) for position in sources[s]]
     batch["last"] = [ends[s] for s in range(4)]
     return finished(batch)
 
@@ -95,7 +95,7 @@ def shared(length=9):
 def finished(batch):
     """The rest of the batch, the same in both layouts."""
     batch["targets"] = [token for _, answer in texts for token in answer]
-    batch["sequence"] = [s for s, (_, answer) in enumerate(texts) for _ in answer]
+    batch["sequence_ids"] = [s for s, (_, answer) in enumerate(texts) for _ in answer]
     batch["completion_tokens"] = [len(answer) for _, answer in texts]
     return {name: torch.tensor(value) for name, value in batch.items()}
 
@@ -169,9 +169,9 @@ for line, (prompt, answer) in enumerate(rows):
     batch["position_ids"].append(list(range(len(ids))) + padding)
     batch["attention_mask"].append([1] * len(ids) + padding)
     begin = line * length + len(prompt)  # flat position of the answer's first token, which the position before predicts
-    batch["source"] += range(begin - 1, begin - 1 + len(answer))
+    batch["logit_index"] += range(begin - 1, begin - 1 + len(answer))
     batch["targets"] += answer
-    batch["sequence"] += [line] * len(answer)
+    batch["sequence_ids"] += [line] * len(answer)
     batch["completion_tokens"].append(len(answer))
     with torch.no_grad():
         table = model(torch.tensor([ids])).logits[0].log_softmax(-1)
