@@ -290,7 +290,9 @@ class Run:
         self.tokens += tokens
         self._pending[-1] |= {"step": self.step, "count": count, "grad_norm": grad_norm.detach(), "lr": lr}
         self.stopping = self._agreed_stop()
-        if any(map(self.is_time, (self._args.log_every, self._args.eval_every, self._args.save_every))):
+        if self.stopping or any(
+            map(self.is_time, (self._args.log_every, self._args.eval_every, self._args.save_every))
+        ):
             self._read_metrics()
         if self.is_time(self._args.log_every):
             steps = self._window

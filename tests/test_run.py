@@ -80,6 +80,14 @@ def test_disable_dropout(kind):
     assert (model.config.attn_pdrop if kind == "gpt2" else model.config.attention_dropout) > 0
 
 
+def test_a_loaded_model_has_no_dropout_and_its_configuration_stays(tiny_gpt2):
+    model = model_loading.load_model(str(tiny_gpt2), "cpu").train()
+    ids = torch.tensor([[1, 5, 9, 4, 2]])
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, model.eval()(ids).logits)
+    assert model.config.resid_pdrop == 0.1
+
+
 def test_a_pad_id_is_found_among_the_existing_ones(tmp_path):
     like_gpt2 = model_loading.load_tokenizer(gpt2_like(tmp_path / "gpt2"))
     assert like_gpt2.pad_token == "zq"  # the last ordinary token, the rarest merge
