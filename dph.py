@@ -142,7 +142,7 @@ def pull_to_prior(model, prior: dict[str, torch.Tensor], rate: float) -> None:
 
 
 def prior_weights(model) -> dict[str, torch.Tensor]:
-    """The matrices that prior regularisation pulls back; biases, norms and embeddings are exempt."""
+    """The matrices that prior regularisation pulls back: no biases, norms or embeddings."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     embeddings.add(id(model.get_output_embeddings().weight))
     return {name: p.detach() for name, p in model.named_parameters() if p.dim() > 1 and id(p) not in embeddings}
@@ -383,15 +383,9 @@ def main(args: Args) -> None:
         for name, rows in splits.items():
             rows.add_columns(("ref_chosen_logps", "ref_rejected_logps"), ref_logps[name])
     # [/method]
-    samples_of = partial(
-        evaluate.evaluate_samples,
-        tokenizer=tokenizer,
-        count=args.kl_samples,
-        max_new_tokens=args.max_new_tokens,
-        seed=args.seed,
-        autocast=run.autocast,
-        judge=judge_of(args.data, ref_folder, tokenizer, args.seed),
-    )
+    sampling = {"count": args.kl_samples, "max_new_tokens": args.max_new_tokens, "seed": args.seed}
+    judge = judge_of(args.data, ref_folder, tokenizer, args.seed)
+    samples_of = partial(evaluate.evaluate_samples, tokenizer=tokenizer, autocast=run.autocast, judge=judge, **sampling)
 
     def report(ref_model) -> dict:
         """The end table of the policy as it is now; ref_model None: it still is the reference."""
@@ -445,8 +439,9 @@ def main(args: Args) -> None:
     for column, sampled_from in (("after_best_of_n", model), ("reference_best_of_n", ref_model)):
         columns[column] = {}
         for name in before:
-            best_of = {"best_of": args.n, "rewards": lambda batch: scores_of(batch)[1]}
-            picked = samples_of(sampled_from, ref_model, splits[name], **best_of)
+            picked = samples_of(
+                sampled_from, ref_model, splits[name], best_of=(args.n, lambda batch: scores_of(batch)[1])
+            )
             lines = picked.pop("candidates", [])
             candidates += [{"column": column, "split": name, **line} for line in lines]
             columns[column][name] = picked
