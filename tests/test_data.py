@@ -794,7 +794,7 @@ def test_padding_is_known_by_length_and_not_by_id():
 
 def test_tokens_are_counted_answer_by_answer():
     row = {"prompt": [1, 2, 3], "completions": [[4], [5, 6]]}
-    assert batches.row_tokens(row) == 9  # the prompt counts with each answer, however the batch is laid out
+    assert batches.count_tokens([row, row]) == 18  # the prompt counts with each answer, however the batch is laid out
     assert batches.row_length(row) == 6
 
 

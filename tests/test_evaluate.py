@@ -183,10 +183,10 @@ def test_kl_does_not_depend_on_the_batch(build):
 # -- judgement of samples
 
 
-def evaluated(policy, ref_model, rows, tokenizer, **changes):
+def evaluated(policy, ref, rows, tokenizer, **changes):
     """What is measured of the policy's samples."""
     given = {"count": 2000, "max_new_tokens": 3, "seed": 0, "autocast": contextlib.nullcontext} | changes
-    return evaluate.evaluate_samples(policy, ref_model, rows, tokenizer, **given)
+    return evaluate.evaluate_samples(policy, ref, rows, tokenizer, **given)
 
 
 def rows_of(tokenizer, texts):
@@ -228,23 +228,21 @@ def test_judges_are_asked_about_all_answers_and_their_kl(bigram):
     rows = rows_of(bigram.tokenizer, ["what is the capital of france ?", "what colour has snow ?"])
     asked = []
 
-    def judge(answers, kl, ref_model):
-        asked.append((answers, kl, ref_model))
+    def judge(answers, kl, ref):
+        asked.append((answers, kl, ref))
         return {"true_reward": 1.5}
 
     def extra_metrics(prompts, answers):
         asked.append((prompts, answers))
         return {"length": len(answers)}
 
-    ref_model = bigram.load()
-    measured = evaluated(
-        bigram.load(), ref_model, rows, bigram.tokenizer, count=6, judge=judge, extra_metrics=extra_metrics
-    )
+    ref = bigram.load()
+    measured = evaluated(bigram.load(), ref, rows, bigram.tokenizer, count=6, judge=judge, extra_metrics=extra_metrics)
     assert (measured["true_reward"], measured["length"]) == (1.5, 6)
     (prompts, texts), (answers, kl, of) = asked
     assert answers == list(zip(prompts, texts))
     assert Counter(prompts) == {"what is the capital of france ?": 3, "what colour has snow ?": 3}
-    assert (kl, of) == (measured["kl"], ref_model)
+    assert (kl, of) == (measured["kl"], ref)
 
 
 def test_best_of_n_picks_the_largest_reward_and_bounds_its_kl(bigram):
@@ -255,7 +253,7 @@ def test_best_of_n_picks_the_largest_reward_and_bounds_its_kl(bigram):
             0, batch["sequence_ids"], batch["targets"].float()
         )
 
-    picked = evaluated(bigram.load(), bigram.load(), rows, bigram.tokenizer, count=40, best_of=4, rewards=rewards)
+    picked = evaluated(bigram.load(), bigram.load(), rows, bigram.tokenizer, count=40, best_of=(4, rewards))
     # Policy and reference agree: what is left is the picking.
     assert picked["kl"] == pytest.approx(math.log(4) - 3 / 4, abs=1e-9)
     assert len(picked["candidates"]) == 40
@@ -425,7 +423,7 @@ def test_a_prompt_need_not_be_shared(tiny_llama):
 
 def test_a_model_that_no_layout_fits_is_refused():
     model, rows = build("Llama"), random_rows(5, 60)
-    with pytest.raises(InputError, match="cannot be trained here"):
+    with pytest.raises(InputError, match="cannot be trained"):
         oracle.choose_layout(
             lambda batch: torch.zeros(2), model, {"train": rows}, PAD, "cpu", True, lambda *words: None
         )

@@ -1,5 +1,5 @@
-"""Each script, copied alone into an empty folder, is a module: it imports without common/ and
-datasets, and its loss runs on a batch that is built here by hand from the description in its
+"""Each script, copied alone into an empty folder, is a module: it imports without common/
+and the other packages, and its loss runs on a batch that is built here by hand from the description in its
 docstring, as somebody who copies the file would build one.
 """
 
@@ -20,21 +20,30 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 # with log-probabilities alone, see `plain`.
 START = {"dpo": 2 * math.log(2), "cdpo": 2 * math.log(2), "dph": 2 * (2 * math.log(2) + math.log(2)), "typo": None}
 
-# Runs inside the empty folder, on its own: what is blocked here must not be blocked for the other
-# tests.
-PROGRAM = '''
-import importlib, json, sys
+# What every program below begins with, inside the empty folder, in a process of its own: what is
+# blocked here must not be blocked for the other tests.
+BEGIN = '''
+import importlib, inspect, json, sys
 
 
 class Blocked:
-    """Finds nothing, loudly."""
+    """Finds nothing of what the script could have beside it, loudly."""
 
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("common", "datasets"):
+        if name.split(".")[0] in ("common", "toy", "labelled", "rewards", "pretraining", "datasets"):
             raise ImportError(f"{name} is blocked in this test")
 
 
+def numbers_of(compute_loss, **chosen):
+    """The numbers that compute_loss takes: chosen ones, or the command line's defaults."""
+    defaults = vars(script.Args()) | chosen
+    return {name: defaults[name] for name in inspect.signature(compute_loss).parameters if name in defaults and name != "model"}
+
+
 sys.meta_path.insert(0, Blocked())
+'''
+
+PROGRAM = '''
 script = importlib.import_module(sys.argv[1])
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -45,7 +54,7 @@ shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "nu
 model = LlamaForCausalLM(LlamaConfig(vocab_size=20, max_position_embeddings=32, initializer_range=0.3, **shape))
 head = hasattr(script, "add_head")
 model = script.add_head(model, {}) if head else model
-args = script.Args()
+numbers = numbers_of(script.compute_loss)
 
 # Two rows, (prompt, chosen, rejected), with prompts and answers of different length. Sequences:
 # chosen of both rows, then rejected of both.
@@ -55,7 +64,7 @@ texts = [(prompt, chosen) for prompt, chosen, _ in rows] + [(prompt, rejected) f
 
 def by_line(length=7):
     """One line for each answer, padded on the right."""
-    batch = {"input_ids": [], "position_ids": [], "attention_mask": [], "source": [], "targets": [], "sequence": [], "last": []}
+    batch = {"input_ids": [], "position_ids": [], "attention_mask": [], "logit_index": [], "targets": [], "sequence_ids": [], "last": []}
     for line, (prompt, answer) in enumerate(texts):
         ids = prompt + answer
         padding = [0] * (length - len(ids))
@@ -70,7 +79,7 @@ def by_line(length=7):
 
 def shared(length=9):
     """One line for each row, the prompt once; a float mask keeps the answers from seeing each other."""
-    batch = {"input_ids": [], "position_ids": [], "attention_mask": [], "source": [], "targets": [], "sequence": [], "last": []}
+    batch = {"input_ids": [], "position_ids": [], "attention_mask": [], "logit_index": [], "targets": [], "sequence_ids": [], "last": []}
     ends, sources = {}, {}
     for line, (prompt, *answers) in enumerate(rows):
         ids, positions, owner = list(prompt), list(range(len(prompt))), [0] * len(prompt)
@@ -105,7 +114,7 @@ def loss(batch, ref, ref_logits):
         batch["ref_sample"] = batch | {"ref_logits": ref_logits}
     else:
         batch["ref_chosen_logps"], batch["ref_rejected_logps"] = ref
-    value, metrics = script.compute_loss(model, batch, args)
+    value, metrics = script.compute_loss(model, batch, **numbers)
     model.zero_grad()
     value.backward()
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
@@ -148,9 +157,6 @@ ONE_ANSWER = {
 }
 
 ONE_ANSWER_PROGRAM = """
-import importlib, json, sys
-
-sys.modules["common"] = sys.modules["datasets"] = None
 script = importlib.import_module(sys.argv[1])
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -160,7 +166,7 @@ torch.set_num_threads(1)
 shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
 model = LlamaForCausalLM(LlamaConfig(vocab_size=20, max_position_embeddings=32, initializer_range=0.3, **shape))
 rows, length = [([3, 4, 5], [6, 7]), ([11], [13, 14, 15, 1]), ([8, 9], [10])], 5
-batch = {name: [] for name in ("input_ids", "position_ids", "attention_mask", "source", "targets", "sequence", "completion_tokens")}
+batch = {name: [] for name in ("input_ids", "position_ids", "attention_mask", "logit_index", "targets", "sequence_ids", "completion_tokens")}
 logps = []
 for line, (prompt, answer) in enumerate(rows):
     ids = prompt + answer
@@ -179,7 +185,7 @@ for line, (prompt, answer) in enumerate(rows):
 batch = {name: torch.tensor(value) for name, value in batch.items()}
 ref, labels = [-4.0, -9.0, -1.0], [1.0, 0.0, 1.0]
 batch |= {"ref_logps": torch.tensor(ref), "labels": torch.tensor(labels)}
-value, metrics = script.compute_loss(model, batch, script.Args())
+value, metrics = script.compute_loss(model, batch, **numbers_of(script.compute_loss, label_kind="binary"))
 value.backward()
 gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 assert torch.stack([g.norm() for g in gradients]).norm() > 0 and all(g.isfinite().all() for g in gradients)
@@ -189,9 +195,6 @@ print(json.dumps([value.item(), logps, ref, labels]))
 
 
 REWARD_PROGRAM = """
-import importlib, json, sys
-
-sys.modules["common"] = sys.modules["datasets"] = None
 script = importlib.import_module("reward_model")
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
@@ -204,7 +207,7 @@ lines = [[3, 4, 5, 6, 7], [11, 12, 13, 14, 15, 1], [3, 4, 5, 8, 9, 10], [11, 12,
 with torch.no_grad():
     rewards = [model(torch.tensor([ids])).logits.item() for ids in lines]
 batch = {"input_ids": torch.tensor([ids + [0] * (6 - len(ids)) for ids in lines]), "attention_mask": torch.tensor([[1] * len(ids) + [0] * (6 - len(ids)) for ids in lines])}
-value, metrics = script.compute_loss(model, batch, script.Args())
+value, metrics = script.compute_loss(model, batch, **numbers_of(script.compute_loss, label_kind="binary"))
 value.backward()
 assert all(p.grad.isfinite().all() for p in model.parameters()) and model.score.weight.grad.norm() > 0
 assert abs(metrics["loss"].item() - value.item()) < 1e-6
@@ -226,7 +229,7 @@ else:
     batch["ref_logits"] = torch.zeros(7, 20)  # uniform
     kl = sum((0.05 * (torch.tensor(0.05).log() - t)).sum().item() for t in tables)
     expected = -sum(logps) + script.Args().kl * kl
-value, metrics = script.compute_loss(model, batch, script.Args())
+value, metrics = script.compute_loss(model, batch, **numbers_of(script.compute_loss, label_kind="binary"))
 value.backward()
 assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 assert abs(metrics["loss"].item() - value.item()) < 1e-5
@@ -255,9 +258,6 @@ CORPUS = {
 }
 
 CORPUS_PROGRAM = """
-import importlib, json, sys
-
-sys.modules["common"] = sys.modules["datasets"] = None
 script = importlib.import_module(sys.argv[1])
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -267,14 +267,12 @@ torch.set_num_threads(1)
 shape = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 8, "initializer_range": 0.3}
 model = GPT2LMHeadModel(GPT2Config(vocab_size=20, **shape)).eval()
 model = script.add_value_head(model, {}) if hasattr(script, "add_value_head") else model
-args = script.Args()
-args.threshold = 0.25
 ids = torch.randint(20, (2, 6))
 scores = torch.tensor([[0.9, 0.0, 0.0, 0.75, 0.75, 0.75], [0.0, 0.5, 0.5, 0.0, 1.0, 1.0]])
 with torch.no_grad():
     logps = model(ids).logits.log_softmax(-1)
 found = [(logps[row, t, ids[row, t + 1]].item(), scores[row, t + 1].item()) for row in range(2) for t in range(5)]
-value, metrics = script.compute_loss(model, {"input_ids": ids, "scores": scores}, args)
+value, metrics = script.compute_loss(model, {"input_ids": ids, "scores": scores}, **numbers_of(script.compute_loss, threshold=0.25))
 value.backward()
 gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 assert torch.stack([g.norm() for g in gradients]).norm() > 0 and all(g.isfinite().all() for g in gradients)
@@ -295,15 +293,14 @@ def alone(tmp_path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_imports_with_common_and_datasets_blocked(alone, script):
-    block = "import sys; sys.modules['common'] = sys.modules['datasets'] = None; "
-    done = alone(script, "-c", block + f"import {script}; print(callable({script}.compute_loss))")
+def test_imports_with_all_else_blocked(alone, script):
+    done = alone(script, "-c", BEGIN + f"import {script}; print(callable({script}.compute_loss))")
     assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
 
 
 @pytest.mark.parametrize("script", sorted(START))
 def test_the_loss_runs_on_a_batch_made_by_hand(alone, script):
-    done = alone(script, "-c", PROGRAM, script)
+    done = alone(script, "-c", BEGIN + PROGRAM, script)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     expected = found["plain"] if START[script] is None else START[script]
@@ -315,7 +312,7 @@ def test_the_loss_runs_on_a_batch_made_by_hand(alone, script):
 
 @pytest.mark.parametrize("script", sorted(ONE_ANSWER))
 def test_the_loss_runs_on_rows_with_one_answer_made_by_hand(alone, script):
-    done = alone(script, "-c", ONE_ANSWER_PROGRAM, script)
+    done = alone(script, "-c", BEGIN + ONE_ANSWER_PROGRAM, script)
     assert done.returncode == 0, done.stderr
     value, *known = json.loads(done.stdout)
     assert value == pytest.approx(ONE_ANSWER[script](importlib.import_module(script).Args(), *known), rel=1e-5)
@@ -324,7 +321,7 @@ def test_the_loss_runs_on_rows_with_one_answer_made_by_hand(alone, script):
 @pytest.mark.parametrize("script", sorted(CORPUS))
 def test_the_loss_runs_on_chunks_made_by_hand(alone, script):
     """A target carries its own score, not that of the position that predicts it."""
-    done = alone(script, "-c", CORPUS_PROGRAM, script)
+    done = alone(script, "-c", BEGIN + CORPUS_PROGRAM, script)
     assert done.returncode == 0, done.stderr
     loss, nll, bad, found = json.loads(done.stdout)
     args = importlib.import_module(script).Args()
@@ -334,7 +331,7 @@ def test_the_loss_runs_on_chunks_made_by_hand(alone, script):
 
 
 def test_the_reward_models_loss_runs_on_a_batch_made_by_hand(alone):
-    done = alone("reward_model", "-c", REWARD_PROGRAM)
+    done = alone("reward_model", "-c", BEGIN + REWARD_PROGRAM)
     assert done.returncode == 0, done.stderr
     value, rewards = json.loads(done.stdout)
     assert value == pytest.approx(-sum(math.log(sigma(rewards[i] - rewards[2 + i])) for i in range(2)), rel=1e-5)
@@ -342,7 +339,7 @@ def test_the_reward_models_loss_runs_on_a_batch_made_by_hand(alone):
 
 @pytest.mark.parametrize("script", ["superhf", "ppo"])
 def test_the_loss_runs_on_sampled_completions_made_by_hand(alone, script):
-    done = alone(script, "-c", SAMPLED_PROGRAM, script)
+    done = alone(script, "-c", BEGIN + SAMPLED_PROGRAM, script)
     assert done.returncode == 0, done.stderr
     value, expected = json.loads(done.stdout)
     assert value == pytest.approx(expected, rel=1e-5)
