@@ -14,7 +14,7 @@ from common import InputError, batches, generate
 from common import models as model_loading
 from common.run import Run
 from rewards import models as reward_models
-from rewards import prompts as prompts_of
+from rewards import prompts as rewards_prompts
 from tests import models
 from tests.runs import (
     ROOT,
@@ -356,7 +356,7 @@ def test_what_a_reward_model_reads_is_what_stands_behind_the_prompt(toy_tokenize
 
 def prompts_of(path, llama):
     lines: list[str] = []
-    splits, _ = prompts_of.load_prompts(
+    splits, _ = rewards_prompts.load_prompts(
         str(path), None, 0.0, 0, model_loading.load_tokenizer(llama), 40, max_new_tokens=4, say=lines.append
     )
     return splits, " ".join(lines)
@@ -404,9 +404,9 @@ def test_prompts_that_cannot_be_used(tmp_path, llama):
     tokenizer = model_loading.load_tokenizer(llama)
     prompt = "one two three four"  # 5 tokens with BOS, so a limit of 9 leaves room for 4 and one of 8 does not
     path.write_text(json.dumps({"prompt": prompt}) + "\n")
-    assert len(prompts_of.load_prompts(str(path), None, 0.0, 0, tokenizer, 9, max_new_tokens=3)[0]["train"]) == 1
+    assert len(rewards_prompts.load_prompts(str(path), None, 0.0, 0, tokenizer, 9, max_new_tokens=3)[0]["train"]) == 1
     with pytest.raises(InputError, match="fills max_length"):
-        prompts_of.load_prompts(str(path), None, 0.0, 0, tokenizer, 8, max_new_tokens=3)
+        rewards_prompts.load_prompts(str(path), None, 0.0, 0, tokenizer, 8, max_new_tokens=3)
 
 
 def test_prompts_of_the_toy_are_its_questions():
