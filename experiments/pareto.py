@@ -48,11 +48,31 @@ OBJECTIVES = {
 }
 SIZES = {  # what a run is given where the command line says nothing
     "toy": {"tokens": 5e5, "context": 64, "samples": 500, "batch_size": 16, "lr": 1e-2},
-    "pep8": {"tokens": 1e6, "context": 128, "samples": 500, "batch_size": 16, "lr": 3e-3, "vocabulary": 1024, "holdout": 0.03},
+    "pep8": {
+        "tokens": 1e6,
+        "context": 128,
+        "samples": 500,
+        "batch_size": 16,
+        "lr": 3e-3,
+        "vocabulary": 1024,
+        "holdout": 0.03,
+    },
 }
-SHAPES = {"toy": ((2, 2, 64), (2, 4, 128)), "pep8": ((2, 2, 64), (3, 3, 96))}  # layers, heads, width: of the model and of the teacher
+SHAPES = {
+    "toy": ((2, 2, 64), (2, 4, 128)),
+    "pep8": ((2, 2, 64), (3, 3, 96)),
+}  # layers, heads, width: of the model and of the teacher
 COLUMNS = {"after": "", "after_bad": ", asked for bad", "after_no_token": ", not asked"}
-NUMBERS = ("misalignment", "expected_max", "kl_to_teacher", "perplexity", "perplexity_good", "right_share", "sample_tokens", "self_bleu")
+NUMBERS = (
+    "misalignment",
+    "expected_max",
+    "kl_to_teacher",
+    "perplexity",
+    "perplexity_good",
+    "right_share",
+    "sample_tokens",
+    "self_bleu",
+)
 
 
 @dataclass
@@ -92,7 +112,9 @@ class Args:
 def config_folder(folder: Path, shape: tuple[int, int, int], context: int) -> str:
     """A folder whose config.json describes a GPT-2 type of this shape, without dropout."""
     folder.mkdir(parents=True, exist_ok=True)
-    sizes = dict(zip(("n_layer", "n_head", "n_embd"), shape)) | dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    sizes = dict(zip(("n_layer", "n_head", "n_embd"), shape)) | dict.fromkeys(
+        ("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0
+    )
     (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_positions": context, **sizes}))
     return str(folder)
 
@@ -102,10 +124,16 @@ def make(runs: Path, name: str, script: str, flags: dict, method: str = "") -> d
     folder = runs / name
     if not (folder / "summary.json").exists():
         flags = flags | {"eval_every": 10**6, "name": name, "output_dir": runs}
-        words = [word for key, value in flags.items() for word in (f"--{key.replace('_', '-')}", str(value))] + method.split()
+        words = [
+            word for key, value in flags.items() for word in (f"--{key.replace('_', '-')}", str(value))
+        ] + method.split()
         words = ["--resume", str(folder)] if (folder / "args.json").exists() else words
         done = subprocess.run(
-            [sys.executable, str(ROOT / script), *words], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+            [sys.executable, str(ROOT / script), *words],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
         )
         if done.returncode:
             raise SystemExit(f"{script} {' '.join(words)} failed: {done.stderr.strip()[-500:]}")
@@ -116,9 +144,15 @@ def make(runs: Path, name: str, script: str, flags: dict, method: str = "") -> d
 def main(args: Args) -> None:
     """Makes the runs that are missing, in three rounds since later ones need earlier ones; then lines, table, figure."""
     runs, task = Path(args.runs) / args.task, args.task
-    given = {key: value for key in ("tokens", "context", "vocabulary", "batch_size", "lr", "samples") if (value := getattr(args, key))}
+    given = {
+        key: value
+        for key in ("tokens", "context", "vocabulary", "batch_size", "lr", "samples")
+        if (value := getattr(args, key))
+    }
     sizes = {"task": task, **({"data": args.data} if args.data else {}), **SIZES[task], **given}
-    small, large = (config_folder(runs / name, shape, sizes["context"]) for name, shape in zip(("model", "teacher"), SHAPES[task]))
+    small, large = (
+        config_folder(runs / name, shape, sizes["context"]) for name, shape in zip(("model", "teacher"), SHAPES[task])
+    )
     sizes["max_new_tokens"] = sizes["context"] - 2
     seeds = args.seeds or ((0, 1, 2) if task == "toy" else (0,))
     objectives, found = OBJECTIVES[task], {}
@@ -143,23 +177,49 @@ def main(args: Args) -> None:
             found[item] = make(runs, slug, script, flags, method)
 
     kinds = ("pretraining", "finetuning")[: 1 + args.half]
-    judged = [(kind, name, seed) for seed in seeds for kind in kinds for name in objectives if kind == "pretraining" or name != "RWR, beta 10"]
-    for wave in ([("teacher", "MLE", seed) for seed in seeds], [("half", "MLE", seed) for seed in seeds if args.half], judged):
+    judged = [
+        (kind, name, seed)
+        for seed in seeds
+        for kind in kinds
+        for name in objectives
+        if kind == "pretraining" or name != "RWR, beta 10"
+    ]
+    for wave in (
+        [("teacher", "MLE", seed) for seed in seeds],
+        [("half", "MLE", seed) for seed in seeds if args.half],
+        judged,
+    ):
         with ThreadPoolExecutor(max(1, args.jobs)) as pool:
             list(pool.map(work, wave))
 
     lines = []
-    for kind, name, seed in sorted(found.keys() & set(judged), key=lambda item: (kinds.index(item[0]), list(objectives).index(item[1]), item[2])):
+    for kind, name, seed in sorted(
+        found.keys() & set(judged), key=lambda item: (kinds.index(item[0]), list(objectives).index(item[1]), item[2])
+    ):
         summary = found[kind, name, seed]
-        about = {key: summary[key] for key in ("git_commit", "device", "threads", "versions", "tokens_per_second", "seconds", "data_sha256")}
+        about = {
+            key: summary[key]
+            for key in ("git_commit", "device", "threads", "versions", "tokens_per_second", "seconds", "data_sha256")
+        }
         own = {
             k: v
             for k, v in summary["args"].items()
-            if k in {"tokens", "context", "lr", "batch_size", "alpha", "beta", "drop", "threshold", "threshold_quantile"}
+            if k
+            in {"tokens", "context", "lr", "batch_size", "alpha", "beta", "drop", "threshold", "threshold_quantile"}
         }
         for column in (c for c in COLUMNS if c in summary):
             values = {k: v for k, v in summary[column].items() if isinstance(v, (int, float))}
-            lines.append({"task": task, "method": name + COLUMNS[column], "kind": kind, "seed": seed, **values, **about, "args": own})
+            lines.append(
+                {
+                    "task": task,
+                    "method": name + COLUMNS[column],
+                    "kind": kind,
+                    "seed": seed,
+                    **values,
+                    **about,
+                    "args": own,
+                }
+            )
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     path = Path(args.output_dir) / f"pareto_{task}"
     path.with_suffix(".jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -181,7 +241,10 @@ def report(lines: list[dict], figure_path: Path) -> None:
     for kind, method in groups:
         mine = [line for line in lines if (line["kind"], line["method"]) == (kind, method)]
         cells = (
-            mean_and_spread([line[n] for line in mine if line.get(n) is not None]) if any(line.get(n) is not None for line in mine) else "-" for n in numbers
+            mean_and_spread([line[n] for line in mine if line.get(n) is not None])
+            if any(line.get(n) is not None for line in mine)
+            else "-"
+            for n in numbers
         )
         print(f"{kind + ': ' + method:42}" + "".join(f"{cell:>19}" for cell in cells))
     try:
@@ -194,10 +257,18 @@ def report(lines: list[dict], figure_path: Path) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.4), sharey=True)
     names = [name for name in dict.fromkeys(line["method"] for line in lines) if not name.endswith(", asked for bad")]
-    for axis, key, label in zip(axes, ("kl_to_teacher", "perplexity_good"), ("KL(teacher || model), nats per sequence", "held-out perplexity, good segments")):
+    for axis, key, label in zip(
+        axes,
+        ("kl_to_teacher", "perplexity_good"),
+        ("KL(teacher || model), nats per sequence", "held-out perplexity, good segments"),
+    ):
         for number, name in enumerate(names):
             for kind, filled in (("pretraining", True), ("finetuning", False)):
-                mine = [line for line in lines if (line["method"], line["kind"]) == (name, kind) and line.get(key) is not None]
+                mine = [
+                    line
+                    for line in lines
+                    if (line["method"], line["kind"]) == (name, kind) and line.get(key) is not None
+                ]
                 colour = f"C{number}"
                 axis.scatter(
                     [line[key] for line in mine],
@@ -210,7 +281,9 @@ def report(lines: list[dict], figure_path: Path) -> None:
                 )
         axis.set_xlabel(label)
     axes[0].set_ylabel("misalignment: mean score of samples")
-    axes[1].legend(fontsize=8, title="filled: from the start\nhollow: after MLE", loc="upper left", bbox_to_anchor=(1.02, 1))
+    axes[1].legend(
+        fontsize=8, title="filled: from the start\nhollow: after MLE", loc="upper left", bbox_to_anchor=(1.02, 1)
+    )
     figure.tight_layout()
     figure.savefig(figure_path, dpi=110)
     plt.close(figure)

@@ -37,7 +37,13 @@ HANDLINGS = ("log Z = 0", "one constant", "running mean", "one value a prompt")
 REWARDS = tensor([[4, 3, 2, 1], [-1, -2, -3, -4]])  # [prompts, answers]
 SCORES = tensor([[0.95, 0.90, 0.85, 0.80], [0.20, 0.15, 0.10, 0.05]])
 CASES = {"binary": (REWARDS.sigmoid(), 1.0), "continuous": (SCORES, 0.1)}
-DIFFICULTY = {"capital": -3.0, "plus": -3.0, "sound": 0.0, "colour": 3.0, "opposite": 3.0}  # d, by the word that tells the kind of question
+DIFFICULTY = {
+    "capital": -3.0,
+    "plus": -3.0,
+    "sound": 0.0,
+    "colour": 3.0,
+    "opposite": 3.0,
+}  # d, by the word that tells the kind of question
 
 
 @dataclass
@@ -87,7 +93,9 @@ def tabular(kind: str, handling: str) -> tuple[torch.Tensor, torch.Tensor]:
         return logits.detach().softmax(-1), shift
     values = {"log Z = 0": 0, "one constant": 1, "one value a prompt": prompts}[handling]
     c = torch.zeros(values, 1, dtype=labels.dtype, requires_grad=True)
-    optimizer = torch.optim.LBFGS([logits, c], max_iter=2000, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [logits, c], max_iter=2000, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe"
+    )
 
     def shift_of() -> torch.Tensor:
         return c.expand(prompts, 1) if values else torch.zeros(prompts, 1, dtype=labels.dtype)
@@ -145,7 +153,20 @@ def make_run(handling: str, beta: float, seed: int, count: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.jsonl"
         write_rows(rows, seed)
-        words = ["--model", str(toy.base_model(seed)), "--data", str(rows), "--holdout", "0", "--beta", str(beta), "--seed", str(seed), "--kl-samples", "0"]
+        words = [
+            "--model",
+            str(toy.base_model(seed)),
+            "--data",
+            str(rows),
+            "--holdout",
+            "0",
+            "--beta",
+            str(beta),
+            "--seed",
+            str(seed),
+            "--kl-samples",
+            "0",
+        ]
         train("pointwise_dpo.py", *words, *how, "--output-dir", folder, "--name", "run")
         line = {"handling": handling, "beta": beta, "seed": seed} | judge_policy(f"{folder}/run", seed, count)
     return line | {"git_commit": runtime.git_commit(), "device": runtime.device_name(torch.device("cpu"))}
@@ -178,12 +199,21 @@ def report(lines: list[dict], args: Args, figure_path: Path) -> None:
     columns = ("kl", "true_reward", "efficiency")
     print(f"\n{'beta log Z':14}{'beta':>6}" + "".join(f"{name:>18}" for name in columns))
     for beta in args.betas:
-        groups = {h: [x for x in lines if (x["handling"], x["beta"]) == (h, beta)] for h in (*map(str, args.constants), "learned")}
+        groups = {
+            h: [x for x in lines if (x["handling"], x["beta"]) == (h, beta)]
+            for h in (*map(str, args.constants), "learned")
+        }
         groups = {h: found for h, found in groups.items() if found}
-        best = max((h for h in groups if h != "learned"), key=lambda h: sum(x["true_reward"] for x in groups[h]) / len(groups[h]), default=None)
+        best = max(
+            (h for h in groups if h != "learned"),
+            key=lambda h: sum(x["true_reward"] for x in groups[h]) / len(groups[h]),
+            default=None,
+        )
         for handling, found in groups.items():
             name = handling + (" (best)" if handling == best else "")
-            print(f"{name:14}{beta:>6g}" + "".join(f"{mean_and_spread([x[key] for x in found]):>18}" for key in columns))
+            print(
+                f"{name:14}{beta:>6g}" + "".join(f"{mean_and_spread([x[key] for x in found]):>18}" for key in columns)
+            )
     try:
         import matplotlib
     except ImportError:
@@ -195,14 +225,34 @@ def report(lines: list[dict], args: Args, figure_path: Path) -> None:
     figure, axis = plt.subplots(figsize=(7.2, 4.6))
     for seed in args.seeds:
         kls, rewards = toy.frontier(question_rewards(reference_answers(seed)))
-        axis.plot(kls, rewards, color="black", linewidth=1, alpha=0.6, label="best possible (one line a seed)" if seed == args.seeds[0] else None)
+        axis.plot(
+            kls,
+            rewards,
+            color="black",
+            linewidth=1,
+            alpha=0.6,
+            label="best possible (one line a seed)" if seed == args.seeds[0] else None,
+        )
     colours = plt.get_cmap("viridis")
     for i, constant in enumerate(args.constants):
         mine = [x for x in lines if x["handling"] == str(constant)]
         colour = colours(i / max(1, len(args.constants) - 1))
-        axis.scatter([x["kl"] for x in mine], [x["true_reward"] for x in mine], color=colour, s=26, label=f"constant {constant:g}")
+        axis.scatter(
+            [x["kl"] for x in mine],
+            [x["true_reward"] for x in mine],
+            color=colour,
+            s=26,
+            label=f"constant {constant:g}",
+        )
     mine = [x for x in lines if x["handling"] == "learned"]
-    axis.scatter([x["kl"] for x in mine], [x["true_reward"] for x in mine], color="tab:red", marker="^", s=42, label="learned for each prompt")
+    axis.scatter(
+        [x["kl"] for x in mine],
+        [x["true_reward"] for x in mine],
+        color="tab:red",
+        marker="^",
+        s=42,
+        label="learned for each prompt",
+    )
     axis.set_xscale("symlog", linthresh=0.5)
     axis.set_xlabel("KL(policy || reference), nats per answer")
     axis.set_ylabel("true reward, trained questions")

@@ -59,7 +59,11 @@ def grid_of(args: Args) -> list[tuple[str, float, int, int]]:
     superhf = [("SuperHF", kl, args.n) for kl in args.kls] + [("SuperHF", DEFAULT_KL, n) for n in args.completions]
     ppo = [("PPO", kl, 1) for kl in args.ppo_kls]
     return [
-        (*run, seed) for seed in args.seeds for run in dict.fromkeys([("base", 0.0, 1), ("SFT on chosen", 0.0, 1), ("best of n", 0.0, args.n), *superhf, *ppo])
+        (*run, seed)
+        for seed in args.seeds
+        for run in dict.fromkeys(
+            [("base", 0.0, 1), ("SFT on chosen", 0.0, 1), ("best of n", 0.0, args.n), *superhf, *ppo]
+        )
     ]
 
 
@@ -67,10 +71,13 @@ def judged(rows: list[dict], drawn: list[list[str]], seed: int) -> dict:
     """What is said about answers, [questions][n] texts: both rewards, right answers, and how much answers to different questions are alike."""
     said = [(row, text) for row, texts in zip(rows, drawn) for text in texts]
     found = {
-        name: sum(judge(row, text) for row, text in said) / len(said) for name, judge in (("proxy_reward", toy.flawed_reward), ("true_reward", toy.true_reward))
+        name: sum(judge(row, text) for row, text in said) / len(said)
+        for name, judge in (("proxy_reward", toy.flawed_reward), ("true_reward", toy.true_reward))
     }
     found["right_share"] = sum(toy.judge(row, text)["right"] for row, text in said) / len(said)
-    return found | evaluate.sameness([toy.prompt_of(row) for row, _ in said], [text for _, text in said], seed, pairs=1000)
+    return found | evaluate.sameness(
+        [toy.prompt_of(row) for row, _ in said], [text for _, text in said], seed, pairs=1000
+    )
 
 
 def command(method: str, kl: float, n: int, seed: int, folder: str, extra: str) -> list[str]:
@@ -79,13 +86,20 @@ def command(method: str, kl: float, n: int, seed: int, folder: str, extra: str) 
     if method == "SFT on chosen":
         return ["sft.py", *words[:2], "--kl-samples", "0", *words[6:]]
     judges = ["--reward", "toy:flawed", "--test-reward", "toy", "--kl", str(kl), *extra.split()]
-    return ["superhf.py", "--completions", str(n), *judges, *words] if method == "SuperHF" else ["ppo.py", "--epochs", "128", *judges, *words]
+    return (
+        ["superhf.py", "--completions", str(n), *judges, *words]
+        if method == "SuperHF"
+        else ["ppo.py", "--epochs", "128", *judges, *words]
+    )
 
 
 def make_run(method: str, kl: float, n: int, seed: int, count: int, extra: str) -> dict:
     """Trains one policy and judges it: the line that is kept."""
     torch.set_num_threads(1)
-    base, line = str(toy.base_model(seed)), {"method": method, "coefficient": kl, "n": n, "seed": seed, "answers": count}
+    base, line = (
+        str(toy.base_model(seed)),
+        {"method": method, "coefficient": kl, "n": n, "seed": seed, "answers": count},
+    )
     tokenizer = runtime.load_tokenizer(base)
     policy = reference = runtime.load_model(base, "cpu", tokenizer).eval()
     with tempfile.TemporaryDirectory() as folder:
@@ -96,9 +110,17 @@ def make_run(method: str, kl: float, n: int, seed: int, count: int, extra: str) 
                 raise SystemExit(f"{' '.join(words)} failed: {done.stderr[-500:]}")
             policy = runtime.load_model(f"{folder}/run", "cpu", tokenizer).eval()
             summary = json.loads(Path(folder, "run", "summary.json").read_text())
-            line |= {"steps": summary["steps"], "seconds": summary["seconds"], "time_shares": summary.get("time_shares")}
+            line |= {
+                "steps": summary["steps"],
+                "seconds": summary["seconds"],
+                "time_shares": summary.get("time_shares"),
+            }
             logged = [json.loads(text) for text in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
-            line["course"] = [[x["step"], x["reward"], x["test_reward"], x["meteor_similarity"]] for x in logged if x["split"] == "held_out" and "reward" in x]
+            line["course"] = [
+                [x["step"], x["reward"], x["test_reward"], x["meteor_similarity"]]
+                for x in logged
+                if x["split"] == "held_out" and "reward" in x
+            ]
     rows = [row for row in toy.questions() if not row["unseen"]]
     several = n if method == "best of n" else 1
     prompts = [tokenizer(toy.prompt_of(row)).input_ids for row in rows for _ in range(count * several)]
@@ -107,12 +129,22 @@ def make_run(method: str, kl: float, n: int, seed: int, count: int, extra: str) 
     owners = [row for row in rows for _ in range(count)]
     if several > 1:  # of each n the one that the proxy likes best
         groups = [texts[i : i + several] for i in range(0, len(texts), several)]
-        texts = [max(group, key=lambda text, row=row: toy.flawed_reward(row, text)) for row, group in zip(owners, groups)]
+        texts = [
+            max(group, key=lambda text, row=row: toy.flawed_reward(row, text)) for row, group in zip(owners, groups)
+        ]
         line["kl"] = None
     else:
-        line["kl"] = evaluate.kl_of_samples(policy, reference, prompts, drawn, tokenizer.pad_token_id, batch_size=250).mean().item()
+        line["kl"] = (
+            evaluate.kl_of_samples(policy, reference, prompts, drawn, tokenizer.pad_token_id, batch_size=250)
+            .mean()
+            .item()
+        )
     line |= judged(rows, [texts[i : i + count] for i in range(0, len(texts), count)], seed)
-    return line | {"meteor": evaluate.meteor_form(), "git_commit": runtime.git_commit(), "device": runtime.device_name(torch.device("cpu"))}
+    return line | {
+        "meteor": evaluate.meteor_form(),
+        "git_commit": runtime.git_commit(),
+        "device": runtime.device_name(torch.device("cpu")),
+    }
 
 
 def main(args: Args) -> None:
@@ -125,20 +157,31 @@ def main(args: Args) -> None:
         toy.base_model(seed)  # built before runs start side by side
 
     def key(line: dict) -> tuple | None:
-        return (line["method"], line["coefficient"], line["n"], line["seed"]) if line["answers"] == args.answers else None
+        return (
+            (line["method"], line["coefficient"], line["n"], line["seed"]) if line["answers"] == args.answers else None
+        )
 
     def say(line: dict) -> str:
         return f"{key(line)}: proxy {line['proxy_reward']:.2f}, true reward {line['true_reward']:.2f}"
 
     path = Path(args.output_dir) / "reward_hacking.jsonl"
     flags = ["--answers", str(args.answers), f"--extra={args.extra}"]
-    report(complete(path, grid, key, "experiments.reward_hacking", flags, args.jobs, say), Path(args.output_dir) / "reward_hacking.png")
+    report(
+        complete(path, grid, key, "experiments.reward_hacking", flags, args.jobs, say),
+        Path(args.output_dir) / "reward_hacking.png",
+    )
 
 
 def mean_and_spread(values: list[float | None]) -> str:
     """ "mean +- standard deviation" of the values that are there."""
     found = torch.tensor([v for v in values if v is not None], dtype=torch.float64)
-    return "-" if not len(found) else f"{found.mean():.2f} +- {found.std():.2f}" if len(found) > 1 else f"{found.mean():.2f}"
+    return (
+        "-"
+        if not len(found)
+        else f"{found.mean():.2f} +- {found.std():.2f}"
+        if len(found) > 1
+        else f"{found.mean():.2f}"
+    )
 
 
 def report(lines: list[dict], figure_path: Path) -> None:
@@ -148,7 +191,9 @@ def report(lines: list[dict], figure_path: Path) -> None:
     for index, kl, n in settings:
         mine = [x for x in lines if (x["method"], x["coefficient"], x["n"]) == (METHODS[index], kl, n)]
         cells = "".join(f"{mean_and_spread([x[name] for x in mine]):>19}" for name in KEYS)
-        print(f"{METHODS[index]:15}{kl if METHODS[index] in ('SuperHF', 'PPO') else '-':>12}{n:>4}{len(mine):>6}{cells}")
+        print(
+            f"{METHODS[index]:15}{kl if METHODS[index] in ('SuperHF', 'PPO') else '-':>12}{n:>4}{len(mine):>6}{cells}"
+        )
     try:
         import matplotlib
     except ImportError:
@@ -164,24 +209,67 @@ def report(lines: list[dict], figure_path: Path) -> None:
         return sum(x[name] for x in found) / len(found)
 
     for method, marker in (("SuperHF", "o-"), ("PPO", "s--")):
-        kls = sorted({x["coefficient"] for x in lines if x["method"] == method and x["n"] in (most, 1 if method == "PPO" else most)})
-        some = [[x for x in lines if x["method"] == method and x["coefficient"] == kl and (method == "PPO" or x["n"] == most)] for kl in kls]
-        for name, colour in (("proxy_reward", "tab:red"), ("true_reward", "tab:blue"), ("meteor_similarity", "tab:gray")):
+        kls = sorted(
+            {
+                x["coefficient"]
+                for x in lines
+                if x["method"] == method and x["n"] in (most, 1 if method == "PPO" else most)
+            }
+        )
+        some = [
+            [
+                x
+                for x in lines
+                if x["method"] == method and x["coefficient"] == kl and (method == "PPO" or x["n"] == most)
+            ]
+            for kl in kls
+        ]
+        for name, colour in (
+            ("proxy_reward", "tab:red"),
+            ("true_reward", "tab:blue"),
+            ("meteor_similarity", "tab:gray"),
+        ):
             if kls:
-                axes[0].plot(kls, [mean_of(found, name) for found in some], marker, color=colour, markersize=4, label=f"{method}: {name.replace('_', ' ')}")
+                axes[0].plot(
+                    kls,
+                    [mean_of(found, name) for found in some],
+                    marker,
+                    color=colour,
+                    markersize=4,
+                    label=f"{method}: {name.replace('_', ' ')}",
+                )
     axes[0].set_xlabel("KL coefficient")
     for kl in sorted({x["coefficient"] for x in lines if x["method"] == "SuperHF"}):
-        courses = [x["course"] for x in lines if x["method"] == "SuperHF" and x["coefficient"] == kl and x["n"] == most and x["course"]]
+        courses = [
+            x["course"]
+            for x in lines
+            if x["method"] == "SuperHF" and x["coefficient"] == kl and x["n"] == most and x["course"]
+        ]
         if courses:
             steps = [point[0] for point in courses[0]]
-            axes[1].plot(steps, [sum(course[i][3] or 0 for course in courses) / len(courses) for i in range(len(steps))], label=f"kl {kl:g}", linewidth=1.2)
+            axes[1].plot(
+                steps,
+                [sum(course[i][3] or 0 for course in courses) / len(courses) for i in range(len(steps))],
+                label=f"kl {kl:g}",
+                linewidth=1.2,
+            )
     axes[1].set_xlabel("step of SuperHF")
     axes[1].set_ylabel("METEOR similarity")
     counts = sorted({x["n"] for x in lines if x["method"] == "SuperHF" and x["coefficient"] == DEFAULT_KL})
     for name, colour in (("proxy_reward", "tab:red"), ("true_reward", "tab:blue"), ("meteor_similarity", "tab:gray")):
-        found = [[x for x in lines if x["method"] == "SuperHF" and x["coefficient"] == DEFAULT_KL and x["n"] == n] for n in counts]
+        found = [
+            [x for x in lines if x["method"] == "SuperHF" and x["coefficient"] == DEFAULT_KL and x["n"] == n]
+            for n in counts
+        ]
         if counts:
-            axes[2].plot(counts, [mean_of(some, name) for some in found], "o-", color=colour, markersize=4, label=name.replace("_", " "))
+            axes[2].plot(
+                counts,
+                [mean_of(some, name) for some in found],
+                "o-",
+                color=colour,
+                markersize=4,
+                label=name.replace("_", " "),
+            )
     axes[2].set_xscale("log", base=2)
     axes[2].set_xlabel(f"completions per prompt, kl {DEFAULT_KL:g}")
     for axis in axes:

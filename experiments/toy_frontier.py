@@ -26,7 +26,12 @@ sys.path.insert(0, str(ROOT))
 from common import evaluate, runtime, toy  # noqa: E402
 from experiments.grid import complete  # noqa: E402
 
-METHODS = {"DPO": ("dpo.py", "--beta"), "cDPO": ("cdpo.py", "--beta"), "DPH's LM": ("dph.py", "--beta"), "TYPO": ("typo.py", "--lam")}
+METHODS = {
+    "DPO": ("dpo.py", "--beta"),
+    "cDPO": ("cdpo.py", "--beta"),
+    "DPH's LM": ("dph.py", "--beta"),
+    "TYPO": ("typo.py", "--lam"),
+}
 
 
 @dataclass
@@ -50,7 +55,9 @@ class Args:
 def question_rewards(answers: list[list[str]]) -> torch.Tensor:
     """True rewards of answers to the trained questions, [questions, n]; `answers` holds a list for each of them."""
     rows = [row for row in toy.questions() if not row["unseen"]]
-    return torch.tensor([[toy.true_reward(row, text) for text in texts] for row, texts in zip(rows, answers)], dtype=torch.float64)
+    return torch.tensor(
+        [[toy.true_reward(row, text) for text in texts] for row, texts in zip(rows, answers)], dtype=torch.float64
+    )
 
 
 def reference_answers(seed: int) -> list[list[str]]:
@@ -65,7 +72,9 @@ def judge_policy(folder: str, seed: int, count: int) -> dict:
     tokenizer = runtime.load_tokenizer(folder)
     policy = runtime.load_model(folder, "cpu", tokenizer).eval()
     reference = runtime.load_model(str(toy.base_model(seed)), "cpu", tokenizer).eval()
-    prompts = [tokenizer(toy.prompt_of(row)).input_ids for row in toy.questions() if not row["unseen"] for _ in range(count)]
+    prompts = [
+        tokenizer(toy.prompt_of(row)).input_ids for row in toy.questions() if not row["unseen"] for _ in range(count)
+    ]
     drawn = evaluate.sample(policy, prompts, tokenizer, toy.MAX_NEW_TOKENS, seed=seed + 1, batch_size=1000)
     nats = evaluate.kl_of_samples(policy, reference, prompts, drawn, tokenizer.pad_token_id, batch_size=250)
     texts = [evaluate.text_of(tokenizer, ids) for ids in drawn]
@@ -89,7 +98,9 @@ def make_run(method: str, value: float, seed: int, count: int) -> dict:
     torch.set_num_threads(1)
     script, flag = METHODS[method]
     with tempfile.TemporaryDirectory() as folder:
-        train(script, flag, str(value), "--seed", str(seed), "--kl-samples", "0", "--output-dir", folder, "--name", "run")
+        train(
+            script, flag, str(value), "--seed", str(seed), "--kl-samples", "0", "--output-dir", folder, "--name", "run"
+        )
         line = {"method": method, "value": value, "seed": seed} | judge_policy(f"{folder}/run", seed, count)
     return line | {"git_commit": runtime.git_commit(), "device": runtime.device_name(torch.device("cpu"))}
 
@@ -104,7 +115,9 @@ def typo_target(seed: int) -> tuple[float, float]:
         distinct = sorted(set(texts))
         prompt = tokenizer(toy.prompt_of(row)).input_ids
         ids = [tokenizer(text).input_ids[1:] + [tokenizer.eos_token_id] for text in distinct]
-        logps = evaluate.plain_logps(model, [(prompt, completion) for completion in ids], tokenizer.pad_token_id, 256).double()
+        logps = evaluate.plain_logps(
+            model, [(prompt, completion) for completion in ids], tokenizer.pad_token_id, 256
+        ).double()
         reward = torch.tensor([toy.true_reward(row, text) for text in distinct], dtype=torch.float64)
         log_w = reward.log_softmax(0)
         kls.append((log_w.exp() * (log_w - logps)).sum().item())
@@ -136,18 +149,32 @@ def main(args: Args) -> None:
 def mean_and_spread(values: list[float | None]) -> str:
     """ "mean +- standard deviation" of the values that are there."""
     found = torch.tensor([v for v in values if v is not None], dtype=torch.float64)
-    return "-" if not len(found) else f"{found.mean():.2f} +- {found.std():.2f}" if len(found) > 1 else f"{found.mean():.2f}"
+    return (
+        "-"
+        if not len(found)
+        else f"{found.mean():.2f} +- {found.std():.2f}"
+        if len(found) > 1
+        else f"{found.mean():.2f}"
+    )
 
 
 def report(lines: list[dict], seeds: tuple[int, ...], figure_path: Path) -> None:
     """The table over seeds, and the figure for the first seed with all seeds' points."""
     columns = ("kl", "true_reward", "efficiency", "good_before", "good_after")
     print(f"\n{'method':10}{'value':>7}" + "".join(f"{name:>18}" for name in columns))
-    for method, value in dict.fromkeys((line["method"], line["value"]) for line in sorted(lines, key=lambda x: (list(METHODS).index(x["method"]), x["value"]))):
+    for method, value in dict.fromkeys(
+        (line["method"], line["value"])
+        for line in sorted(lines, key=lambda x: (list(METHODS).index(x["method"]), x["value"]))
+    ):
         mine = [line for line in lines if (line["method"], line["value"]) == (method, value)]
-        print(f"{method:10}{value:>7g}" + "".join(f"{mean_and_spread([line[name] for line in mine]):>18}" for name in columns))
+        print(
+            f"{method:10}{value:>7g}"
+            + "".join(f"{mean_and_spread([line[name] for line in mine]):>18}" for name in columns)
+        )
     targets = [typo_target(seed) for seed in seeds]
-    print(f"TYPO's own target, proportional to exp(r*): KL {mean_and_spread([k for k, _ in targets])}, true reward {mean_and_spread([r for _, r in targets])}")
+    print(
+        f"TYPO's own target, proportional to exp(r*): KL {mean_and_spread([k for k, _ in targets])}, true reward {mean_and_spread([r for _, r in targets])}"
+    )
     try:
         import matplotlib
     except ImportError:
@@ -159,10 +186,24 @@ def report(lines: list[dict], seeds: tuple[int, ...], figure_path: Path) -> None
     figure, axis = plt.subplots(figsize=(7.2, 4.6))
     for seed in seeds:
         kls, rewards = toy.frontier(question_rewards(reference_answers(seed)))
-        axis.plot(kls, rewards, color="black", linewidth=1, alpha=0.6, label="best possible (one line a seed)" if seed == seeds[0] else None)
+        axis.plot(
+            kls,
+            rewards,
+            color="black",
+            linewidth=1,
+            alpha=0.6,
+            label="best possible (one line a seed)" if seed == seeds[0] else None,
+        )
     for method, marker in zip(METHODS, "osD^"):
         mine = [line for line in lines if line["method"] == method]
-        axis.scatter([line["kl"] for line in mine], [line["true_reward"] for line in mine], marker=marker, s=28, alpha=0.8, label=method)
+        axis.scatter(
+            [line["kl"] for line in mine],
+            [line["true_reward"] for line in mine],
+            marker=marker,
+            s=28,
+            alpha=0.8,
+            label=method,
+        )
     axis.scatter(*zip(*targets), marker="*", s=110, color="tab:red", label="TYPO's target, exp(r*)")
     axis.set_xscale("symlog", linthresh=0.5)
     axis.set_xlabel("KL(policy || reference), nats per answer")
