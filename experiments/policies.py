@@ -9,6 +9,7 @@ import torch
 from common.evaluate import kl_of_samples
 from common.generate import decode_completion, sample
 from common.models import load_model, load_tokenizer
+from common.run import quiet_libraries
 from toy import base, world
 
 
@@ -35,6 +36,7 @@ def reference_answers(seed: int) -> list[list[str]]:
 
 def load_policy(folder: str, tokenizer):
     """A model folder's policy in evaluation mode."""
+    quiet_libraries()
     return load_model(folder, "cpu", tokenizer).eval()
 
 

@@ -91,7 +91,7 @@ def draw(log_lambdas: torch.Tensor, errors: dict[str, dict], axes: list) -> None
     panels = (
         ("good_kl", "good prompt", "KL(pi* || pi), nats", 0.6),
         ("bad_kl", "bad prompt", "KL(pi* || pi), nats", 0.6),
-        ("ratio", "both prompts", "total variation lost on good / gained on bad", 5),
+        ("ratio", "total variation lost on good / gained on bad", "ratio", 5),
     )
     for axis, (name, title, label, top) in zip(axes, panels):
         for method, values in errors.items():

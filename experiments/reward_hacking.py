@@ -193,7 +193,7 @@ def draw(lines: list[dict], axes: list) -> None:
 def draw_means(axis, method: str, lines: list[dict], name: str) -> None:
     """Means over seeds of both rewards and of METEOR similarity against a setting of a method."""
     settings = sorted({line[name] for line in lines})
-    axis.set_ylabel("reward, or METEOR similarity, of sampled answers")
+    axis.set_ylabel("reward, or METEOR similarity")
     for quantity, dashes in QUANTITIES.items():
         groups = [[line[quantity] for line in lines if line[name] == setting] for setting in settings]
         means = [study.mean_and_std(values)[0] for values in groups]
