@@ -43,6 +43,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import transformers
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for python benchmarks/pairs.py
@@ -51,7 +52,6 @@ from benchmarks.inputs import SHAPES, make_batches, save_model
 from benchmarks.systems import Job
 from common import InputError
 from common.files import write_json
-from common.run import quiet_libraries
 from common.summary import device_name, git_commit
 
 FOLDER = Path(__file__).resolve().parent
@@ -284,7 +284,7 @@ def compare(model: str, shape: str, results: dict[str, list[dict]]) -> dict:
 def main(args: Args) -> int:
     """Measures, prints, writes the file; returns the exit status."""
     args = checked(args)
-    quiet_libraries()
+    transformers.utils.logging.disable_progress_bar()
     output = args.output
     if output is None and not (args.quick or args.profile):
         output = FOLDER / "results" / f"pairs-{args.device}.json"

@@ -16,13 +16,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for python benchmarks/systems.py
 
 import dpo
 from benchmarks.inputs import PAD
 from common import InputError, batches, models, oracle
-from common.run import quiet_libraries
 
 BETA, LR = 0.1, 1e-6  # TRL's defaults
 
@@ -253,7 +253,8 @@ def main(text: str) -> None:
     job = Job(**json.loads(text))
     if job.threads:
         torch.set_num_threads(job.threads)
-    quiet_libraries()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     device = torch.device(job.device)
     steps = json.loads(Path(job.rows).read_text())
     run = run_ours if job.system == "ours" else run_trl

@@ -5,11 +5,11 @@ best possible curve to draw beside them.
 import json
 
 import torch
+import transformers
 
 from common.evaluate import kl_of_samples
 from common.generate import decode_completion, sample
 from common.models import load_model, load_tokenizer
-from common.run import quiet_libraries
 from toy import base, world
 
 
@@ -36,7 +36,7 @@ def reference_answers(seed: int) -> list[list[str]]:
 
 def load_policy(folder: str, tokenizer):
     """A model folder's policy in evaluation mode."""
-    quiet_libraries()
+    transformers.utils.logging.disable_progress_bar()
     return load_model(folder, "cpu", tokenizer).eval()
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from common import InputError
-from common.files import append_json_lines, read_json, write_text
+from common.files import append_json_line, read_json, write_text
 from common.summary import device_name, git_commit
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -124,7 +124,7 @@ def complete(path: Path, grid: list[tuple], key_of, program: str, flags: list[st
             print(f"{run}: {error}", flush=True)
             return
         line = json.loads(output.strip().splitlines()[-1])
-        append_json_lines(path, [line])  # one short write: lines of parallel runs do not mix
+        append_json_line(path, line)  # one short write: lines of parallel runs do not mix
         lines.append(line)
         print(describe(line), flush=True)
 
