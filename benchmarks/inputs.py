@@ -12,6 +12,7 @@ from common import InputError, batches, data
 from common.fields import pair_of_row
 from common.files import read_rows
 
+# Tokens of prompt and completion
 SHAPES = {"prompt-heavy": (448, 32), "even": (192, 64), "completion-heavy": (64, 192), "tiny": (24, 8)}
 LONGEST = 512  # tokens of prompt and one completion of the real rows
 PAD, EOS = 0, 1  # ids are only places in a table here: the weights are random

@@ -72,8 +72,7 @@ class Args:
     models: tuple[str, ...] = ("gpt2-small", "llama-19m")
     """Models with random weights: gpt2-small (124M), llama-19m (vocabulary 49,152), tiny."""
     shapes: tuple[str, ...] = ("prompt-heavy", "even", "completion-heavy", "hh")
-    """Rows: prompt-heavy (448 + 32 tokens), even (192 + 64), completion-heavy (64 + 192), tiny; hh:
-    real ones, with PREFERENCE_DATA set."""
+    """Rows: prompt-heavy, even, completion-heavy, tiny; hh: real ones, with PREFERENCE_DATA set."""
     systems: tuple[Literal["ours", "trl", "trl-tuned"], ...] = ("ours", "trl", "trl-tuned")
     """Who takes part; ours alone needs no TRL."""
     batch_size: int = 8
