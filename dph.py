@@ -142,12 +142,10 @@ def pull_to_prior(model, prior: dict[str, torch.Tensor], rate: float) -> None:
 
 
 def prior_weights(model) -> dict[str, torch.Tensor]:
-    """The matrices that prior regularisation pulls back; biases, norms and embeddings are exempt."""
+    """The matrices that prior regularisation pulls back: no biases, norms or embeddings."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     embeddings.add(id(model.get_output_embeddings().weight))
     return {name: p.detach() for name, p in model.named_parameters() if p.dim() > 1 and id(p) not in embeddings}
-
-
 # [/method]
 def pair_metrics(losses, chosen_rewards, rejected_rewards, chosen_logps, rejected_logps) -> dict[str, torch.Tensor]:
     """Metrics of a micro-batch, each summed over its pairs, on the device.
@@ -276,7 +274,6 @@ class Args:
             raise SystemExit(f"--head-lr {self.head_lr}: expected a positive number.")
         if self.n < 1:
             raise SystemExit(f"--n {self.n}: expected at least 1.")
-
     # [/method]
     model: str = "toy"
     """toy, a hub id, or a folder, a run among them: the policy's start and the reference."""
@@ -441,12 +438,14 @@ def main(args: Args) -> None:
     columns = {"before": before, "after": report(ref_model)}
     # [method]
     # Best of n: the head picks among answers of the trained and of the untouched LM.
+    def rewards_of(batch: dict) -> torch.Tensor:
+        return scores_of(batch)[1]
+
     candidates = []
     for column, sampled_from in (("after_best_of_n", model), ("reference_best_of_n", ref_model)):
         columns[column] = {}
         for name in before:
-            best_of = {"best_of": args.n, "rewards": lambda batch: scores_of(batch)[1]}
-            picked = samples_of(sampled_from, ref_model, splits[name], **best_of)
+            picked = samples_of(sampled_from, ref_model, splits[name], best_of=(args.n, rewards_of))
             lines = picked.pop("candidates", [])
             candidates += [{"column": column, "split": name, **line} for line in lines]
             columns[column][name] = picked

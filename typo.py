@@ -3,7 +3,7 @@
 "New Desiderata for DPO", arXiv 2407.09072. For a prompt x, chosen answer y_w and rejected y_l:
     loss = -log sigma(log pi(y_w|x) - log pi(y_l|x)) + lambda * KL[ref(.|x) || pi(.|x)]
 
-The first term fits p(y_w > y_l) = pi(y_w) / (pi(y_w) + pi(y_l)): no reference ratio, no temperature.
+The first term fits p(y_w > y_l) = pi(y_w) / (pi(y_w) + pi(y_l)): no ratio, no temperature.
 The second is estimated on answers that the reference sampled before training: the sum over their
 tokens of the KL between the next-token distributions, over the whole vocabulary. log pi(y|x) is the
 sum over the answer's tokens, its EOS included. As lambda goes to 0 the minimiser goes to the policy
@@ -302,8 +302,8 @@ def main(args: Args) -> None:
     if args.ref_term == "samples" and args.lam > 0:
         # The reference's weights are kept while training; its answers become a column of the rows.
         anchor = run.prepare(models.load_model(ref_folder, run.device, tokenizer))
-        sampled = partial(evaluate.sample_rows, anchor, tokenizer, n=args.ref_samples, seed=args.seed)
-        sampled = partial(sampled, max_new_tokens=args.max_new_tokens, autocast=run.autocast)
+        shape = {"max_new_tokens": args.max_new_tokens, "seed": args.seed, "autocast": run.autocast}
+        sampled = partial(evaluate.sample_rows, anchor, tokenizer, n=args.ref_samples, **shape)
         ref_samples = run.cached_json("ref_samples", lambda: {name: sampled(rows) for name, rows in splits.items()})
         for name, rows in splits.items():
             for row, answers in zip(rows, ref_samples[name], strict=True):

@@ -5,3 +5,8 @@ loss and no training loop.
 
 class InputError(SystemExit):
     """Bad input: one sentence for the user. Uncaught, Python prints it and exits with status 1."""
+
+
+def first_line(error: Exception) -> str:
+    """An exception's first line, or its name where it says nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0]

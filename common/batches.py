@@ -13,8 +13,7 @@ class Rows(list):
     further columns}.
 
     `seen` is how many rows were read, `dropped` counts the unusable ones by reason, `moved` the
-    boundaries between prompt and completion that had to be moved.
-    """
+    boundaries between prompt and completion that had to be moved."""
 
     def __init__(self, rows=(), seen: int = 0, dropped: dict | None = None, moved: int = 0):
         super().__init__(rows)
@@ -43,23 +42,14 @@ class Rows(list):
         return "; ".join(parts) + "."
 
 
-def row_tokens(row: dict) -> int:
-    """Real tokens of a row as its answers are read one by one: prompt + completion for each,
-    without padding.
-    """
-    return sum(len(row["prompt"]) + len(ids) for ids in row["completions"])
-
-
 def row_length(row) -> int:
-    """Length of a row in the shared-prompt layout, in tokens; 0 for a number, which stands for a
-    chunk like all others.
-    """
+    """Tokens of a row in the shared-prompt layout; 0 for a number, which stands for a chunk."""
     return len(row["prompt"]) + sum(map(len, row["completions"])) if isinstance(row, dict) else 0
 
 
 def count_tokens(rows: list[dict]) -> int:
-    """Real tokens of rows, however the batch is laid out."""
-    return sum(map(row_tokens, rows))
+    """Real tokens of rows, answers read one by one: prompt + completion for each, no padding."""
+    return sum(len(row["prompt"]) + len(ids) for row in rows for ids in row["completions"])
 
 
 def plan_batches(rows: list[dict], batch_size: int, epochs: float, max_steps: int, seed: int) -> list[list[int]]:
@@ -69,8 +59,7 @@ def plan_batches(rows: list[dict], batch_size: int, epochs: float, max_steps: in
     Each epoch is shuffled anew. Rows of similar length are put into the same step, within windows
     of 16 steps, and the order of those steps is shuffled again: little padding, and what a step
     sees stays random across the data. The last step of an epoch may be smaller; its rows are random
-    ones, since always the longest would otherwise be left for it and weigh more.
-    """
+    ones, since always the longest would otherwise be left for it and weigh more."""
     if not rows:
         raise ValueError("no rows to plan")
     rng, lengths = random.Random(seed), [row_length(row) for row in rows]
@@ -94,8 +83,7 @@ def plan_batches(rows: list[dict], batch_size: int, epochs: float, max_steps: in
 def planned_rows(rows: Rows, plan: list[list[int]]) -> tuple[Rows, list[list[dict]]]:
     """The rows that a plan uses, and the plan with rows in place of their numbers.
 
-    With few steps on much data nothing is then computed for the other rows.
-    """
+    With few steps on much data nothing is then computed for the other rows."""
     used = sorted({i for step in plan for i in step})
     return rows.subset(used), [[rows[i] for i in step] for step in plan]
 
@@ -106,8 +94,7 @@ def micro_batches(rows: list, size: int, rank: int = 0, world_size: int = 1) -> 
 
     Weights are `world_size`, since gradients are averaged over processes. A process with no row
     left gets the step's first row with weight 0: it must run forward and backward like the others,
-    and its loss must count nothing.
-    """
+    and its loss must count nothing."""
     chunks = []
     for start in range(0, len(rows), size * world_size):
         share = rows[start : start + size * world_size][rank::world_size]
@@ -186,9 +173,7 @@ def collate(rows: list[dict], pad_id: int, layout: str, device) -> dict:
 
 
 def attention_mask(segments: torch.Tensor, layout: str) -> torch.Tensor:
-    """The mask of lines whose tokens belong to `segments` [lines, length]: 0 prompt, 1.. an answer,
-    -1 padding.
-    """
+    """The mask of lines from `segments` [lines, length]: 0 prompt, 1.. an answer, -1 padding."""
     if layout != "shared":
         return (segments >= 0).long()
     length = segments.shape[1]

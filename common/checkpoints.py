@@ -13,22 +13,13 @@ import safetensors.torch
 import torch
 
 from common import InputError
-from common.files import read_json, write_json
+from common.files import write_json
 from common.processes import is_main_process, wait_for_all, world_size
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a run: they get their name when they are complete, so whatever
-    has the name is whole.
-    """
+    """The newest checkpoint of a run; they get their name when they are complete."""
     return max((folder / "checkpoints").glob("step-*"), default=None)
-
-
-def read_state(checkpoint: Path) -> dict:
-    """Where a run stood at a checkpoint: step, seconds, tokens, and the last steps' metrics."""
-    return read_json(
-        checkpoint / "state.json", "", "expected what the run wrote there; without it this checkpoint is lost"
-    )
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -59,9 +50,7 @@ def save_model(model, tokenizer, folder: Path) -> None:
 
 
 def save(folder: Path, model, optimizer, tokenizer, state: dict, device) -> Path:
-    """Writes a checkpoint of weights, optimiser, random numbers and `state` in a run's folder, and
-    removes older ones.
-    """
+    """Writes a checkpoint of all that a run depends on, and removes older ones."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)

@@ -31,22 +31,12 @@ from common.processes import gather, rank, shard_items
 
 
 @torch.no_grad()
-def kl_of_samples(
-    policy,
-    reference,
-    prompts: list[list[int]],
-    completions: list[list[int]],
-    pad_id: int,
-    batch_size: int = 16,
-    autocast=None,
-) -> torch.Tensor:
-    """KL(policy || reference) in nats along each completion sampled from the policy: [samples],
-    float64.
+def kl_of_samples(policy, reference, prompts, completions, pad_id: int, batch_size=16, autocast=None) -> torch.Tensor:
+    """KL(policy || reference) in nats along each completion of the policy, [samples], float64.
 
     At each token the full-vocabulary KL is taken; its sum along samples of the policy at
     temperature 1 is an unbiased estimate of the KL per completion, never negative and of lower
-    variance than the log-ratio of the sampled tokens.
-    """
+    variance than the log-ratio of the sampled tokens."""
     device, values = next(policy.parameters()).device, []
     for start in range(0, len(prompts), batch_size):
         chunk = list(zip(prompts[start : start + batch_size], completions[start : start + batch_size]))
@@ -68,97 +58,73 @@ def kl_of_samples(
 
 def distinct_prompts(rows: list[dict], longest: int) -> list[tuple]:
     """(prompt as read, its token ids) of each distinct prompt of at most so many tokens."""
-    distinct = {}
-    for row in rows:
-        if len(row["prompt"]) <= longest:
-            distinct[json.dumps(row["texts"][0])] = (row["texts"][0], row["prompt"])
-    return list(distinct.values())
-
-
-def spread_evenly(count: int, items: int) -> list[int]:
-    """`count` numbers of items: as often each, or where there are more items than that, evenly
-    spaced ones.
-    """
-    return [i * items // count if count < items else i % items for i in range(count)]
+    short = [row for row in rows if len(row["prompt"]) <= longest]
+    return list({json.dumps(row["texts"][0]): (row["texts"][0], row["prompt"]) for row in short}.values())
 
 
 def evaluate_samples(
-    policy,
-    ref_model,
-    rows: list[dict],
-    tokenizer,
-    count: int,
-    max_new_tokens: int,
-    seed: int,
-    autocast,
-    judge=None,
-    extra_metrics=None,
-    best_of: int = 1,
-    rewards=None,
+    policy, ref, rows, tokenizer, count, max_new_tokens, seed, autocast, judge=None, extra_metrics=None, best_of=None
 ) -> dict:
-    """What a policy says: `count` answers sampled at temperature 1, spread over the distinct
-    prompts of `rows`.
+    """What a policy says: `count` answers at temperature 1 to the distinct prompts of `rows`.
 
     Args:
-        ref_model: the model to take the KL to, or None where the policy is the reference itself
-            (the KL is then 0).
-        judge: `judge(answers, kl, ref_model)` -> more metrics, from (prompt, answer) pairs: what
+        ref: the model to take the KL to; None: the policy is the reference, the KL is 0.
+        judge: `judge(answers, kl, ref)` -> more metrics, from (prompt, answer) pairs: what
             `toy.base.judge_of` gave.
         extra_metrics: `extra_metrics(prompts, answers)` -> more metrics, from all texts.
-        best_of, rewards: for each answer `best_of` are sampled, and the one with the largest reward
-            counts; `rewards(batch)` -> [sequences].
+        best_of: (n, rewards): n answers are sampled and that with the largest reward counts;
+            `rewards(batch)` -> [sequences].
 
     Returns:
-        "kl" in nats per completion; what `judge` and `extra_metrics` say; "samples", three [prompt,
-        answer]; for best of n "candidates", all answers with their rewards. None where nothing can
-        be sampled. For best of n the KL is an upper bound, log n - (n - 1)/n plus the mean
-        log-ratio of the picked answers between policy and reference (exact where no two candidates
-        tie), so an efficiency is a lower one.
+        "kl" in nats per completion, for best of n an upper bound; what `judge` and `extra_metrics`
+        say; "samples", three [prompt, answer]; "candidates", best of n's answers and rewards.
     """
     distinct = distinct_prompts(rows, context_length(policy) - max_new_tokens)
     if not distinct or count <= 0:
         return {"kl": None, "samples": []}
-    mine = shard_items(spread_evenly(count, len(distinct)))  # every process runs the same number of passes
+    n, rewards = best_of or (1, None)
+    # As often each, or evenly spaced ones where there are more; as many on every process.
+    mine = [i * len(distinct) // count if count < len(distinct) else i % len(distinct) for i in range(count)]
+    mine = shard_items(mine)
     prompts = [distinct[i][1] for i in mine]
-    repeated = [prompt for prompt in prompts for _ in range(best_of)]
+    repeated = [prompt for prompt in prompts for _ in range(n)]
     completions = sample(policy, repeated, tokenizer, max_new_tokens, seed=seed + 1000 * rank() + 1, autocast=autocast)
-    candidates = []
-    if best_of > 1:
-        groups = [completions[i : i + best_of] for i in range(0, len(completions), best_of)]
-        scores = score_candidates(
-            rewards, prompts, groups, tokenizer.pad_token_id, autocast, next(policy.parameters()).device
-        )  # [mine, n]
+    groups = [completions[i : i + n] for i in range(0, len(completions), n)]
+    metrics: dict = {}
+    if n > 1:
+        scores = score_candidates(rewards, prompts, groups, tokenizer.pad_token_id, autocast)  # [mine, n]
         picked = scores.argmax(1).tolist()
-        completions = [group[j] for group, j in zip(groups, picked)]
+        lines = []
         for i, group, values, j in zip(mine, groups, scores.tolist(), picked):
             answers = [decode_completion(tokenizer, ids) for ids in group]
-            candidates.append({"prompt": distinct[i][0], "answers": answers, "rewards": values, "picked": j})
-        candidates = gather(candidates)[:count]
-    kls = kl_to_reference(policy, ref_model, prompts, completions, tokenizer.pad_token_id, best_of, autocast)
+            lines.append({"prompt": distinct[i][0], "answers": answers, "rewards": values, "picked": j})
+        metrics["candidates"] = gather(lines)[:count]
+        completions = [group[j] for group, j in zip(groups, picked)]
+    kls = kl_to_reference(policy, ref, prompts, completions, tokenizer.pad_token_id, n, autocast)
     texts = [text_after(tokenizer, prompt, ids) for prompt, ids in zip(prompts, completions)]
-    results = gather(list(zip(mine, texts, kls.tolist())))[:count]
-    answers = [(distinct[i][0], text) for i, text, _ in results]
-    metrics = {"kl": sum(nats for _, _, nats in results) / count}
-    metrics["kl_se"] = standard_error([nats for _, _, nats in results]) if ref_model is not None else None
+    answers = [(distinct[i][0], text) for i, text in gather(list(zip(mine, texts)))[:count]]
+    kls = gather(kls.tolist())[:count]
+    metrics |= {"kl": sum(kls) / count, "kl_se": None if ref is None else standard_error(kls)}
     if extra_metrics:
         metrics |= extra_metrics([prompt for prompt, _ in answers], [text for _, text in answers])
     if judge:
-        metrics |= judge(answers, metrics["kl"], ref_model)
-    return metrics | {"samples": three_of(answers)} | ({"candidates": candidates} if candidates else {})
+        metrics |= judge(answers, metrics["kl"], ref)
+    return metrics | {"samples": three_of(answers)}
 
 
-def kl_to_reference(policy, ref_model, prompts, completions, pad_id: int, best_of: int, autocast) -> torch.Tensor:
-    """KL in nats along each completion, [samples], float64: 0 without a reference, an upper bound
-    for best of n.
-    """
-    if ref_model is None:
+def kl_to_reference(policy, ref, prompts, completions, pad_id: int, best_of: int, autocast) -> torch.Tensor:
+    """KL in nats along completions, [samples], float64: 0 without a reference.
+
+    For best of n an upper bound, log n - (n - 1)/n plus the log-ratio of the picked answer, exact
+    where no two candidates tie."""
+    if ref is None:
         return torch.zeros(len(prompts), dtype=torch.float64)
     tiny = is_tiny(policy)
     if best_of == 1:
         size = 256 if tiny else 4
-        return kl_of_samples(policy, ref_model, prompts, completions, pad_id, batch_size=size, autocast=autocast)
+        return kl_of_samples(policy, ref, prompts, completions, pad_id, batch_size=size, autocast=autocast)
     pairs, size = list(zip(prompts, completions)), 256 if tiny else 8
-    logratios = plain_logps(policy, pairs, pad_id, size) - plain_logps(ref_model, pairs, pad_id, size)
+    logratios = plain_logps(policy, pairs, pad_id, size) - plain_logps(ref, pairs, pad_id, size)
     return math.log(best_of) - (best_of - 1) / best_of + logratios.double()
 
 
@@ -168,31 +134,23 @@ def three_of(answers: list[tuple]) -> list[list]:
     return [first[key] for key in sorted(first)[:: max(1, len(first) // 3)][:3]]
 
 
-def sample_rows(
-    model, tokenizer, rows: list[dict], n: int, max_new_tokens: int, seed: int, autocast
-) -> list[list[list[int]]]:
-    """`n` answers sampled at temperature 1 to the prompt of each row, as token ids, [rows][n];
-    shared out over the processes.
-    """
+def sample_rows(model, tokenizer, rows: list[dict], n: int, max_new_tokens: int, seed: int, autocast) -> list:
+    """`n` answers at temperature 1 to the prompt of each row, as token ids, [rows][n]."""
     if not rows:
         return []
-    limit = context_length(model)
-    room = min([max_new_tokens, *(limit - len(row["prompt"]) for row in rows)])  # the longest prompt must leave room
-    mine = shard_items(rows)
-    prompts = [row["prompt"] for row in mine for _ in range(n)]
+    # The longest prompt must leave room for its answer.
+    room = min(max_new_tokens, context_length(model) - max(len(row["prompt"]) for row in rows))
+    prompts = [row["prompt"] for row in shard_items(rows) for _ in range(n)]
     completions = sample(model, prompts, tokenizer, room, seed=seed + 1000 * rank() + 2, autocast=autocast)
-    return gather([completions[i * n : (i + 1) * n] for i in range(len(mine))])[: len(rows)]
+    return gather([completions[i : i + n] for i in range(0, len(completions), n)])[: len(rows)]
 
 
 @torch.no_grad()
-def score_candidates(
-    rewards, prompts: list[list[int]], groups: list[list[list[int]]], pad_id: int, autocast, device
-) -> torch.Tensor:
-    """Rewards of sampled answers, [prompts, n]: each answer in a line of its own, `rewards(batch)`
-    -> [sequences].
-    """
+def score_candidates(rewards, prompts, groups: list[list[list[int]]], pad_id: int, autocast) -> torch.Tensor:
+    """Rewards of sampled answers, [prompts, n], each in a line of its own."""
     rows = [{"prompt": prompt, "completions": group} for prompt, group in zip(prompts, groups)]
     size = 64 if len(groups[0]) * row_length(rows[0]) < 4096 else 4
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     parts = []
     for start in range(0, len(rows), size):
         chunk = rows[start : start + size]
@@ -200,9 +158,6 @@ def score_candidates(
             values = rewards(collate(chunk, pad_id, "rows", device))  # answer by answer
         parts.append(values.float().cpu().view(-1, len(chunk)).T)
     return torch.cat(parts)
-
-
-# -- command line
 
 
 SCORES = ("chosen_logps", "rejected_logps", "chosen_tokens", "rejected_tokens")

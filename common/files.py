@@ -10,7 +10,7 @@ import sys
 import zlib
 from pathlib import Path
 
-from common import InputError
+from common import InputError, first_line
 from common.hub import check_hub_id
 
 ROW_FORMATS = {".jsonl", ".json", ".csv", ".parquet"}
@@ -46,16 +46,13 @@ def read_rows(source: str) -> list[tuple[str, dict]]:
 
     Formats by ending: .jsonl, .json (a list of objects, or lines), .csv, .parquet, each also with
     .gz. Values keep the types they have in the file. Raises InputError for a missing, empty or
-    unreadable file, naming the line.
-    """
+    unreadable file, naming the line."""
     path = Path(source)
     if not path.is_file():
         raise InputError(f"{source}: no such file.")
     kind = format_of(path)
     if kind not in ROW_FORMATS:
-        raise InputError(
-            f"{source}: unknown kind of file; expected .jsonl, .json, .csv or .parquet, each also with .gz."
-        )
+        raise InputError(f"{source}: unknown kind of file; expected .jsonl, .json, .csv or .parquet, also with .gz.")
     content = read_bytes(path)
     if kind == ".parquet":
         rows = read_parquet(source, content)
@@ -143,9 +140,7 @@ def read_json_list(source: str, text: str) -> list[tuple[str, dict]]:
 
 
 def line_of_bad_row(text: str) -> int | None:
-    """The line on which the first unreadable element of a JSON list begins; None where it cannot be
-    told.
-    """
+    """The line where the first unreadable element of a JSON list begins; None: unknown."""
     decoder = json.JSONDecoder(object_pairs_hook=unique_fields)
     place = text.index("[") + 1
     while place < len(text):
@@ -169,15 +164,9 @@ def parse_line(source: str, number: int, line: str) -> object:
     raise InputError(f"{source}, line {number}: {message}.")
 
 
-def first_line(error: Exception) -> str:
-    """An exception's first line, or its name where it says nothing."""
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
 def read_hub(name: str) -> dict[str, list[tuple[str, dict]]]:
     """Splits of a data set of the hub, `name` or `name:subset` (a configuration or a data folder),
-    as {"train": rows, "test": rows or absent}.
-    """
+    as {"train": rows, "test": rows or absent}."""
     import datasets
 
     name, _, subset = name.partition(":")
@@ -231,7 +220,7 @@ def write_json(path: Path, value) -> None:
     write_text(path, json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
 
 
-def append_json_lines(path: Path, lines: list[dict]) -> None:
-    """Adds lines to a JSON-lines file."""
+def append_json_line(path: Path, value) -> None:
+    """Adds a line to a JSON-lines file."""
     with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(plain(line), allow_nan=False) + "\n" for line in lines)
+        file.write(json.dumps(plain(value), allow_nan=False) + "\n")

@@ -8,38 +8,32 @@ from common import processes
 @torch.no_grad()
 def sample(
     model,
-    prompts: list[list[int]],
+    prompts,
     tokenizer,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    seed: int = 0,
+    max_new_tokens,
+    temperature=1.0,
+    top_p=1.0,
+    seed=0,
     autocast=None,
-    banned_ids: tuple[int, ...] = (),
-    batch_size: int | None = None,
+    banned_ids=(),
+    batch_size=0,
 ) -> list[list[int]]:
-    """One sampled completion for each prompt, as token ids that end in EOS unless cut at
-    `max_new_tokens`.
+    """One completion for each prompt, as token ids that end in EOS unless cut.
 
     Everything that shapes the distribution is passed here and the checkpoint's generation_config is
     set aside: transformers would sample from the 50 likeliest tokens where nothing is said.
     temperature 0 is greedy. `banned_ids` are never sampled, the others share their probability.
-    `batch_size` None: by the size of the model. Prompts are padded on the left, with position ids
+    `batch_size` 0: by the size of the model. Prompts are padded on the left, with position ids
     from the mask. The caller's random numbers are untouched. With several processes each must call
-    with the same number of prompts.
-    """
+    with the same number of prompts."""
     from transformers import GenerationConfig
 
     device = next(model.parameters()).device
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
-    shape = (
-        {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-        if temperature > 0
-        else {"do_sample": False}
-    )
-    config = GenerationConfig(
-        **shape, max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=pad, use_cache=True
-    )
+    shape = {"max_new_tokens": max_new_tokens, "eos_token_id": eos, "pad_token_id": pad, "use_cache": True}
+    if temperature > 0:
+        shape |= {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    config = GenerationConfig(**shape)
     config.suppress_tokens = list(banned_ids) or None
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     completions: list = [None] * len(prompts)
@@ -53,21 +47,24 @@ def sample(
         try:
             for start in range(0, len(order), batch_size):
                 chunk = order[start : start + batch_size]
-                length = max(len(prompts[i]) for i in chunk)
-                ids = torch.tensor([[pad] * (length - len(prompts[i])) + prompts[i] for i in chunk], device=device)
-                mask = torch.tensor(
-                    [[0] * (length - len(prompts[i])) + [1] * len(prompts[i]) for i in chunk], device=device
-                )
+                inputs = pad_left([prompts[i] for i in chunk], pad, device)
                 with autocast() if autocast else torch.no_grad():
-                    out = model.generate(
-                        input_ids=ids, attention_mask=mask, generation_config=config, synced_gpus=synced
-                    )
-                for i, new in zip(chunk, out[:, length:].tolist()):
+                    output = model.generate(**inputs, generation_config=config, synced_gpus=synced)
+                length = inputs["input_ids"].shape[1]
+                for i, new in zip(chunk, output[:, length:].tolist()):
                     completions[i] = new[: new.index(eos) + 1] if eos in new else new[:max_new_tokens]
         finally:
             model.generation_config = saved
             model.train(was_training)
     return completions
+
+
+def pad_left(prompts: list[list[int]], pad_id: int, device) -> dict[str, torch.Tensor]:
+    """Prompts as [prompts, longest], padded on the left, and their mask."""
+    gaps = [max(map(len, prompts)) - len(prompt) for prompt in prompts]
+    ids = [[pad_id] * gap + prompt for gap, prompt in zip(gaps, prompts)]
+    mask = [[0] * gap + [1] * len(prompt) for gap, prompt in zip(gaps, prompts)]
+    return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
 
 
 def is_tiny(model) -> bool:
@@ -92,8 +89,7 @@ def text_after(tokenizer, prompt: list[int], completion: list[int]) -> str:
     """The text that a completion adds to its prompt, its EOS left out: with the white space between
     them, which decoding it alone can lose.
 
-    A reward model must read prompt + answer as it read them in training.
-    """
+    A reward model must read prompt + answer as it read them in training."""
     ids = completion[:-1] if completion and completion[-1] == tokenizer.eos_token_id else completion
     before, whole, alone = (
         tokenizer.decode(x, skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -1,6 +1,4 @@
-"""Whether a name is on the hub or in its local cache: one quick question, one sentence where it is
-not.
-"""
+"""Whether a name is on the hub or in its cache: one quick question, one clear sentence."""
 
 import contextlib
 import os
@@ -9,12 +7,9 @@ from common import InputError
 
 
 def check_hub_id(name: str, kind: str, flag: str = "") -> None:
-    """Raises InputError at once where a hub id neither exists nor is in the local cache; prints
-    nothing.
+    """Raises InputError at once where a hub id neither exists nor is in the local cache.
 
-    One request with a short limit, instead of the libraries' half a minute of retries. `kind` is
-    "model" or "dataset".
-    """
+    One quiet request, not the libraries' half a minute of retries. `kind`: "model" or "dataset"."""
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
@@ -29,16 +24,13 @@ def check_hub_id(name: str, kind: str, flag: str = "") -> None:
                 huggingface_hub.HfApi().repo_info(name, repo_type=kind, timeout=5)
                 return
             except RepositoryNotFoundError:
-                raise InputError(
-                    f"{flag} {name}: no such {kind} on the hub, or it is private, and no such file or folder here."
-                ) from None
+                message = f"no such {kind} on the hub, or it is private, and no such file or folder here."
+                raise InputError(f"{flag} {name}: {message}") from None
     try:
         huggingface_hub.snapshot_download(name, repo_type=kind, local_files_only=True)
-        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = (
-            "1"  # cached: use that copy, do not retry the hub
-        )
+        # Cached: use that copy, do not ask the hub again.
+        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
         huggingface_hub.constants.HF_HUB_OFFLINE = True
     except Exception:
-        raise InputError(
-            f"{flag} {name}: no such file or folder here, and the hub cannot be reached for a {kind} of that name."
-        ) from None
+        message = f"no such file or folder here, and the hub cannot be reached for a {kind} of that name."
+        raise InputError(f"{flag} {name}: {message}") from None

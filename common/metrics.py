@@ -22,17 +22,13 @@ def accuracy(scores: torch.Tensor, ties_say_nothing: bool = False) -> float | No
 
 
 def correctness(scores: torch.Tensor) -> torch.Tensor:
-    """1 for each row whose chosen answer scores higher, .5 for a tie, else 0: [rows], from [rows,
-    2].
-    """
+    """1 for each row whose chosen answer scores higher, .5 for a tie, else 0: [rows]."""
     chosen, rejected = scores.unbind(1)
     return (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
 
 
 def pair_accuracies(logps: torch.Tensor, rewards: torch.Tensor) -> dict:
-    """ "preference_accuracy" of log-probabilities and "reward_accuracy" of rewards, [rows, 2] each,
-    with their errors.
-    """
+    """Preference and reward accuracy of log-probabilities and rewards, [rows, 2] each."""
     metrics: dict = {}
     for name, scores in (("preference_accuracy", logps), ("reward_accuracy", rewards)):
         value = accuracy(scores, ties_say_nothing=name == "reward_accuracy")
@@ -64,14 +60,12 @@ def auc(scores: torch.Tensor, labels: torch.Tensor) -> float | None:
         None where all labels are the same, or all scores are, as rewards are before the first step.
     """
     if scores.shape != labels.shape or scores.dim() != 1:
-        raise ValueError(
-            f"expected scores and labels of one shape [rows], got {tuple(scores.shape)} and {tuple(labels.shape)}"
-        )
+        shapes = f"{tuple(scores.shape)} and {tuple(labels.shape)}"
+        raise ValueError(f"expected scores and labels of one shape [rows], got {shapes}")
     ordered = couples = 0.0
     for score, label in zip(scores.split(512), labels.split(512)):
         above = label[:, None] > labels[None]  # [some rows, rows]
         couples += above.sum().item()
-        ordered += ((score[:, None] > scores[None]) & above).sum().item() + 0.5 * (
-            (score[:, None] == scores[None]) & above
-        ).sum().item()
+        order = (score[:, None] > scores[None]).double() + 0.5 * (score[:, None] == scores[None]).double()
+        ordered += order[above].sum().item()
     return ordered / couples if couples and bool((scores != scores[0]).any()) else None

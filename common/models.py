@@ -7,16 +7,14 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from common import InputError
+from common import InputError, first_line
 from common.hub import check_hub_id
 
 UNLIMITED = 1 << 30  # positions, where a configuration names no limit
 
 
 def resolve_model(name: str, seed: int = 0, flag: str = "--model") -> str:
-    """A local folder for `toy`, a folder, or a hub id (downloaded: safetensors where there are any,
-    no other formats beside them).
-    """
+    """A local folder for `toy`, a folder, or a hub id, which is downloaded."""
     if name == "toy":
         from toy import base
 
@@ -30,14 +28,11 @@ def resolve_model(name: str, seed: int = 0, flag: str = "--model") -> str:
     check_hub_id(name, "model", flag)
     offline = huggingface_hub.constants.HF_HUB_OFFLINE
     weights = ["*.safetensors"]
-    if not offline and not any(
-        s.rfilename.endswith(".safetensors") for s in huggingface_hub.HfApi().model_info(name).siblings
-    ):
+    files = [] if offline else huggingface_hub.HfApi().model_info(name).siblings
+    if files and not any(file.rfilename.endswith(".safetensors") for file in files):
         weights = ["*.bin"]
-    wanted = ["*.json", "*.txt", "*.model", "*.jinja", *weights]
-    return huggingface_hub.snapshot_download(
-        name, allow_patterns=wanted, ignore_patterns=["*/*"], local_files_only=offline
-    )
+    wanted = {"allow_patterns": ["*.json", "*.txt", "*.model", "*.jinja", *weights], "ignore_patterns": ["*/*"]}
+    return huggingface_hub.snapshot_download(name, **wanted, local_files_only=offline)
 
 
 def load_tokenizer(folder: str):
@@ -47,9 +42,7 @@ def load_tokenizer(folder: str):
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:
-        raise InputError(
-            f"--model {folder}: no tokenizer can be loaded from it ({str(error).splitlines()[0]})."
-        ) from None
+        raise InputError(f"--model {folder}: no tokenizer can be loaded from it ({first_line(error)}).") from None
     if tokenizer.eos_token_id is None and tokenizer.sep_token_id is not None:
         tokenizer.eos_token = tokenizer.sep_token  # encoders end a text with it
     if tokenizer.eos_token_id is None:
@@ -66,8 +59,7 @@ def choose_pad_id(tokenizer) -> int:
 
     The unknown token where it is not EOS, else a token that is named for it, else the last ordinary
     one: in a BPE vocabulary the rarest merge. Training masks by length, so the choice matters only
-    to sequence-classification loaders, which look for the last token that is not padding.
-    """
+    to sequence-classification loaders, which look for the last token that is not padding."""
     vocabulary = tokenizer.get_vocab()
     ends = {tokenizer.eos_token_id, tokenizer.bos_token_id}
     named = [tokenizer.unk_token, "<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>"]
@@ -78,18 +70,14 @@ def choose_pad_id(tokenizer) -> int:
 
 
 def load_model(folder: str, device, tokenizer=None):
-    """A causal LM in float32 with dropout off, its pad id set to the tokenizer's.
-
-    Float32 weights: bf16 ones do not move at lr 1e-6.
-    """
+    """A causal LM in float32 (bf16 weights do not move at lr 1e-6), dropout off, with a pad id."""
     from transformers import AutoModelForCausalLM
 
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     except Exception as error:
-        raise InputError(
-            f"--model {folder}: cannot be loaded as a causal language model ({str(error).splitlines()[0]})."
-        ) from None
+        message = f"--model {folder}: cannot be loaded as a causal language model ({first_line(error)})."
+        raise InputError(message) from None
     if tokenizer is not None:
         model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     fuse_gelu(model)
@@ -98,9 +86,7 @@ def load_model(folder: str, device, tokenizer=None):
 
 
 def fuse_gelu(model: torch.nn.Module) -> None:
-    """GPT-2's GELU, which transformers spells out in eight operations, as torch's one: the same
-    function, a tenth less time, a quarter less memory.
-    """
+    """GPT-2's GELU of eight operations as torch's one: a tenth faster, a quarter less memory."""
     for module in model.modules():
         for name, child in module.named_children():
             if type(child).__name__ == "NewGELUActivation":
@@ -108,9 +94,7 @@ def fuse_gelu(model: torch.nn.Module) -> None:
 
 
 def load_weights(folder: str | Path, name: str) -> dict[str, torch.Tensor]:
-    """The weight called `name` of a model folder as {name: tensor}, or {} where its safetensors
-    hold none of that name.
-    """
+    """The weight called `name` of a model folder as {name: tensor}, or {} where it has none."""
     for path in sorted(Path(folder).glob("model*.safetensors")):
         with safetensors.safe_open(path, "pt") as file:
             if name in set(file.keys()):
@@ -119,9 +103,7 @@ def load_weights(folder: str | Path, name: str) -> dict[str, torch.Tensor]:
 
 
 def disable_dropout(model: torch.nn.Module) -> None:
-    """Sets every dropout probability to 0, those of functional dropout included, and leaves the
-    saved configuration as it is.
-    """
+    """Sets every dropout probability to 0; the saved configuration stays as it is."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -141,8 +123,7 @@ def context_length(model) -> int:
 
 def length_limit(wanted: int | None, model, tokenizer=None) -> int:
     """`--max-length`, by default the smaller of 1024 and the model's context; InputError where it
-    is more than the context. An encoder's tokenizer may allow less than the model has positions.
-    """
+    is more than the context. An encoder's tokenizer may allow less than the model has positions."""
     context = min(context_length(model), getattr(tokenizer, "model_max_length", UNLIMITED))
     if wanted is not None and wanted > context:
         raise InputError(f"--max-length {wanted}: the model's context has {context} positions.")
@@ -154,8 +135,7 @@ def bind_forward(model, function):
     works on a sharded model too.
 
     fully_shard gathers weights around forward() only; a function that calls parts of the model must
-    be registered as a forward method.
-    """
+    be registered as a forward method."""
     if hasattr(model, "set_requires_gradient_sync"):  # only a fully_shard model has it
         from torch.distributed.fsdp import register_fsdp_forward_method
 
@@ -166,19 +146,15 @@ def bind_forward(model, function):
 
 
 def shard(model):
-    """Splits weights, gradients and optimiser state over all processes with torch's fully_shard,
-    block by block.
-    """
+    """Splits weights, gradients and optimiser state over all processes, block by block."""
     from torch.distributed.fsdp import fully_shard
 
     blocks = set(getattr(model, "_no_split_modules", None) or [])
     for module in model.modules():
         if type(module).__name__ in blocks:
             fully_shard(module)
-    fully_shard(
-        model, reshard_after_forward=True
-    )  # the root too: passes without a backward would leave its weights gathered
-    return model
+    # The root reshards too: passes without a backward would leave its weights gathered.
+    return fully_shard(model, reshard_after_forward=True)
 
 
 def full_tensor(value: torch.Tensor) -> torch.Tensor:

@@ -10,9 +10,7 @@ from common import InputError, batches
 
 
 @torch.no_grad()
-def plain_token_logps(
-    model, sequences: list[tuple[list[int], list[int]]], pad_id: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def plain_token_logps(model, sequences: list[tuple], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of completion tokens by the shortest road: full logits of right-padded
     lines, float32.
 
@@ -25,48 +23,38 @@ def plain_token_logps(
     """
     device = next(model.parameters()).device
     length = max(len(p) + len(c) for p, c in sequences)
-    ids = torch.tensor(
-        [p + c + [pad_id] * (length - len(p) - len(c)) for p, c in sequences], device=device
-    )  # [batch, length]
+    lines = [p + c + [pad_id] * (length - len(p) - len(c)) for p, c in sequences]
+    ids = torch.tensor(lines, device=device)  # [batch, length]
     position = torch.arange(length, device=device)
     prompt = torch.tensor([len(p) for p, _ in sequences], device=device)[:, None]
     end = torch.tensor([len(p) + len(c) for p, c in sequences], device=device)[:, None]
     logits = model(input_ids=ids, attention_mask=(position < end).long(), use_cache=False).logits
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    logps = (
-        logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-    )  # position t scores the token at t + 1
+    # Position t scores the token at t + 1.
+    logps = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
     mask = ((position >= prompt) & (position < end))[:, 1:]
     return logps.masked_fill(~mask, 0.0), mask
 
 
 def plain_logps(model, sequences, pad_id: int, batch_size: int = 8) -> torch.Tensor:
     """Summed completion log-probabilities in nats, [sequences], float32, on the CPU: the oracle."""
-    parts = [
-        plain_token_logps(model, sequences[i : i + batch_size], pad_id)[0].sum(-1).cpu()
-        for i in range(0, len(sequences), batch_size)
-    ]
-    return torch.cat(parts)
+    chunks = [sequences[i : i + batch_size] for i in range(0, len(sequences), batch_size)]
+    return torch.cat([plain_token_logps(model, chunk, pad_id)[0].sum(-1).cpu() for chunk in chunks])
 
 
 @torch.no_grad()
 def plain_rewards(model, head: torch.Tensor, sequences: list[tuple[list[int], list[int]]]) -> list[float]:
-    """Rewards of a head [1, hidden] at each sequence's last token, one sequence at a time without
-    padding, float32.
-    """
+    """Rewards of a head [1, hidden] at each sequence's last token, one at a time, float32."""
     device, rewards = next(model.parameters()).device, []
     for prompt, completion in sequences:
-        hidden = model.base_model(
-            input_ids=torch.tensor([prompt + completion], device=device), use_cache=False
-        ).last_hidden_state
-        rewards.append((hidden[0, -1].float() @ head[0].float().to(device)).item())
+        ids = torch.tensor([prompt + completion], device=device)
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, -1]
+        rewards.append((hidden.float() @ head[0].float().to(device)).item())
     return rewards
 
 
 def sequences_of(rows: list[dict]) -> list[tuple[list[int], list[int]]]:
-    """(prompt, completion) answer by answer, in the order of `collate`: all first completions, then
-    all second ones.
-    """
+    """(prompt, completion) answer by answer, in the order of `collate`."""
     return [(row["prompt"], row["completions"][j]) for j in range(len(rows[0]["completions"])) for row in rows]
 
 
@@ -76,8 +64,7 @@ def changes_logits(model, ids: list[int]) -> bool:
     logits does.
 
     Measured with a product a thousand times too large: a cap is nearly invisible on the small
-    logits that training may begin with.
-    """
+    logits that training may begin with."""
     enlarged = []
 
     def enlarge(module, inputs, output):
@@ -111,8 +98,7 @@ def choose_layout(logps_of, model, splits: dict, pad_id: int, device, share_prom
     soft-capping would be wrong without a word, so this is measured before the first step.
     `logps_of(batch)` returns summed log-probabilities [sequences]. A change of layout is said.
 
-    Raises InputError where no layout agrees.
-    """
+    Raises InputError where no layout agrees."""
     rows = longest_rows(splits)
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
@@ -137,6 +123,4 @@ def choose_layout(logps_of, model, splits: dict, pad_id: int, device, share_prom
                 say(f"With this model {features[layout]} {reason} on the longest rows: not used; slower, and right.")
     finally:
         torch.set_float32_matmul_precision(precision)
-    raise InputError(
-        "This model's log-probabilities differ between a plain pass and every layout; it cannot be trained here."
-    )
+    raise InputError("This model's log-probabilities in a plain pass and in every layout differ; it cannot be trained.")

@@ -31,16 +31,13 @@ def shard_items(items: list) -> list:
     """This process's items, as many on each process: the last ones are made up by repeating the
     first.
 
-    `gather(...)[: len(items)]` puts what was made of them together again.
-    """
+    `gather(...)[: len(items)]` puts what was made of them together again."""
     padded = -(-len(items) // world_size()) * world_size()
     return [items[i % len(items)] for i in range(padded)][rank() :: world_size()]
 
 
 def gather(items: list) -> list:
-    """All processes' items on every process: the first ones of each, then the second ones, and so
-    on.
-    """
+    """All processes' items on every process: the first ones of each, then the second ones, ..."""
     if world_size() == 1:
         return items
     parts: list = [None] * world_size()

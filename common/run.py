@@ -19,33 +19,26 @@ from pathlib import Path
 import safetensors.torch
 import torch
 import torch.distributed as dist
+import transformers
 
 from common import InputError, checkpoints, summary
 from common.batches import micro_batches, row_length
-from common.files import append_json_lines, plain, read_json, write_json, write_text
+from common.files import append_json_line, plain, read_json, write_json, write_text
 from common.generate import is_tiny
 from common.models import full_tensor, shard
 from common.processes import gather, is_main_process, print0, rank, sum_over_processes, wait_for_all, world_size
 
-ANY_NUMBER = (lambda v: v >= 0 and math.isfinite(v), "at least 0")
 COUNT = (lambda v: v >= 1, "at least 1")
-POSITIVE = (lambda v: v > 0 and math.isfinite(v), "a positive number")
+POSITIVE = (lambda v: 0 < v < math.inf, "a positive number")
+NOT_NEGATIVE = (lambda v: 0 <= v < math.inf, "at least 0")
 RANGES = {  # of the arguments that most scripts have; a script checks its own
-    "batch_size": COUNT,
-    "micro_batch_size": COUNT,
-    "max_new_tokens": COUNT,
-    "eval_every": COUNT,
-    "save_every": COUNT,
-    "log_every": COUNT,
-    "lr": POSITIVE,
-    "beta": POSITIVE,
-    "epochs": POSITIVE,
+    **dict.fromkeys(("batch_size", "micro_batch_size", "max_new_tokens"), COUNT),
+    **dict.fromkeys(("eval_every", "save_every", "log_every"), COUNT),
+    **dict.fromkeys(("lr", "beta", "epochs"), POSITIVE),
+    **dict.fromkeys(("warmup", "weight_decay", "kl_samples"), NOT_NEGATIVE),
     "max_steps": (lambda v: v >= -1 and v != 0, "at least 1, or -1 for no limit"),
     "max_length": (lambda v: v is None or v >= 2, "at least 2"),
     "holdout": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
-    "warmup": ANY_NUMBER,
-    "weight_decay": ANY_NUMBER,
-    "kl_samples": ANY_NUMBER,
     "max_grad_norm": (lambda v: v > 0, "above 0 (inf: no clipping)"),
     "dtype": (lambda v: v in {"auto", "float32", "bfloat16"}, "auto, float32 or bfloat16"),
     "name": (lambda v: v == Path(v).name and v != "..", "one folder name"),
@@ -57,8 +50,7 @@ def start_run(args, script: str):
     that it began with.
 
     Raises InputError for arguments out of range, a name that is taken, or a folder that cannot be
-    resumed.
-    """
+    resumed."""
     if world_size() > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     if args.resume:
@@ -101,10 +93,7 @@ def resumed_arguments(args, script: str):
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
-    """Linear warm-up, then linear decay to 0.
-
-    `warmup` below 1 is a share of all steps, else a number of steps.
-    """
+    """Linear warm-up (below 1: a share of all steps, else their number), then decay to 0."""
     warmup = warmup * steps if warmup < 1 else warmup
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
@@ -115,16 +104,13 @@ def means_of(sums: dict[str, float], count: float) -> dict[str, float]:
     """Summed metrics as means over `count` things, or, where there is a "count NAME" beside a NAME,
     over what that counts.
 
-    nan where it counts nothing.
-    """
+    nan where it counts nothing."""
     counts = {name: sums.get(f"count {name}", count) for name in sums if not name.startswith("count ")}
     return {name: sums[name] / count if count else math.nan for name, count in counts.items()}
 
 
 class Run:
-    """A run of a script, made by `start_run`: `device`, `dtype`, `folder`, `checkpoint` (to go on
-    from, or None), `step`.
-    """
+    """A run: `device`, `dtype`, `folder`, `checkpoint` (to go on from, or None), `step`."""
 
     def __init__(self, args, script: str):
         self._args, self.script = args, Path(script)
@@ -135,7 +121,8 @@ class Run:
             torch.set_float32_matmul_precision("high")  # TF32 where a product stays float32
         bfloat16 = args.dtype == "bfloat16" or (args.dtype == "auto" and cuda and torch.cuda.is_bf16_supported())
         self.dtype = torch.bfloat16 if bfloat16 else torch.float32
-        quiet_libraries()
+        transformers.utils.logging.disable_progress_bar()  # what a run prints is its own
+        transformers.utils.logging.set_verbosity_error()
         self.folder = Path(args.resume or Path(args.output_dir) / args.name)
         self.step, self.total, self.seconds, self.tokens = 0, 0, 0.0, 0
         self.stopping, self._signal, self._started = 0, 0, 0.0
@@ -147,15 +134,13 @@ class Run:
             again = f"go on with it: --resume {self.folder}"
             raise InputError(f"{self.folder}: this run exists already; choose another --name, or {again}")
         if self.checkpoint:
-            state = checkpoints.read_state(self.checkpoint)
+            state = read_json(self.checkpoint / "state.json", "", "expected what the run wrote there")
             self.step, self.seconds, self.tokens = state["step"], state["seconds"], state["tokens"]
             self._window = state["window"]
             print0(f"Going on with {self.folder} after step {self.step}.")
         if args.resume and is_main_process():
             self._drop_later_metrics()
         torch.manual_seed(args.seed)
-
-    # -- the model and the folder
 
     def autocast(self):
         """The context of every forward pass."""
@@ -166,8 +151,7 @@ class Run:
         sharding.
 
         Call before the optimiser is made. dynamic: whether batches differ in shape, for the
-        compiler; None: it finds out.
-        """
+        compiler; None: it finds out."""
         if self.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ and is_tiny(model):
             torch.set_num_threads(1)
         if self._args.gradient_checkpointing:
@@ -180,8 +164,7 @@ class Run:
         """Makes the run's folder once model and data were found to be good, so that a wrong path
         leaves nothing behind.
 
-        It gets its name when it is complete: a kill at any moment leaves no half of one.
-        """
+        It gets its name when it is complete: a kill at any moment leaves no half of one."""
         if is_main_process() and not (self.folder / "args.json").exists():
             aside = self.folder.with_name(f".{self.folder.name}.part")
             shutil.rmtree(aside, ignore_errors=True)
@@ -196,8 +179,7 @@ class Run:
         """A dict of tensors computed once and kept in the run folder; a resumed run loads it.
 
         Recomputed in other batches it would differ in the last digits. Random numbers are left as
-        they were.
-        """
+        they were."""
         self._make_folder()
         path = self.folder / f"{name}.safetensors"
         if self._args.resume and path.exists():
@@ -223,17 +205,12 @@ class Run:
             write_json(path, value)
         return value
 
-    # -- the loop
-
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then linear decay to 0."""
         return learning_rate(step, self.total, self._args.lr, self._args.warmup)
 
     def steps(self, plan: list[list]):
-        """(step, its rows) for what is left of a plan, under a progress bar.
-
-        Ctrl-C and SIGTERM end the step at hand, save and say how to go on.
-        """
+        """(step, its rows) for what is left of a plan; Ctrl-C and SIGTERM end the step and save."""
         from tqdm import tqdm
 
         def stop(number, frame):
@@ -261,17 +238,13 @@ class Run:
                 signal.signal(number, handler)
 
     def micro_batches(self, rows: list) -> list[tuple[list, float]]:
-        """This process's share of a step's rows as (rows, weight); losses are multiplied by their
-        weight.
-        """
+        """This process's share of a step as (rows, weight); losses are multiplied by the weight."""
         return micro_batches(rows, self._args.micro_batch_size, rank(), world_size())
 
     def accumulate(self, metrics: dict, weight: float) -> None:
         """Adds a micro-batch's summed metrics to the step at hand.
 
-        They stay on the device until they are logged, as means over the step's rows, or over "count
-        NAME" where that stands beside NAME.
-        """
+        They are logged as means over the step's rows, or over "count NAME" beside NAME."""
         if not self._pending or "step" in self._pending[-1]:
             self._pending.append({"sums": {}})
         sums = self._pending[-1]["sums"]
@@ -282,35 +255,30 @@ class Run:
         """Closes an optimiser step, and writes a line to metrics.jsonl where one is due.
 
         Args:
-            count: things that the metrics were summed over, on all processes: pairs, rows or
-                tokens. tokens: real tokens of the step, for the speed.
+            count: pairs, rows or tokens that the metrics were summed over, on all processes.
+            tokens: real tokens of the step, for the speed.
         """
         lr = self.learning_rate(self.step)
         self.step += 1
         self.tokens += tokens
         self._pending[-1] |= {"step": self.step, "count": count, "grad_norm": grad_norm.detach(), "lr": lr}
         self.stopping = self._agreed_stop()
-        if any(map(self.is_time, (self._args.log_every, self._args.eval_every, self._args.save_every))):
+        if self.is_time_to_save() or self.is_time(self._args.log_every) or self.is_time(self._args.eval_every):
             self._read_metrics()
         if self.is_time(self._args.log_every):
             steps = self._window
             sums = {name: sum(step["sums"][name] for step in steps) for name in steps[0]["sums"]}
             means = means_of(sums, sum(step["count"] for step in steps))
             self.log("train", {**means, "grad_norm": steps[-1]["grad_norm"], "lr": lr})
-        # Steps wait for the device only where metrics are read, so single steps may seem short or
-        # long.
+        # Steps wait for the device where metrics are read: single ones may seem short or long.
         self.seconds += time.perf_counter() - self._started
 
     def is_time(self, every: int) -> bool:
-        """Whether something done every so many steps is due after the step just closed; always so
-        after the last one.
-        """
+        """Whether something done every so many steps is due; always so after the last one."""
         return self.step % every == 0 or self.step == self.total
 
     def is_time_to_save(self) -> bool:
-        """Whether a checkpoint is due: every --save-every steps, after the last one, and when the
-        run was told to stop.
-        """
+        """Whether a checkpoint is due; also when the run was told to stop."""
         return self.is_time(self._args.save_every) or self.stopping > 0
 
     def _agreed_stop(self) -> int:
@@ -322,9 +290,7 @@ class Run:
         return int(flag)
 
     def _read_metrics(self) -> None:
-        """Brings the metrics since the last reading from the device; stops the run where one is not
-        finite.
-        """
+        """Brings metrics from the device; stops the run where one is not finite."""
         steps, self._pending = self._pending, []
         names = list(steps[0]["sums"])
         table = torch.stack([torch.stack([step["sums"][name].double() for name in names]) for step in steps])
@@ -335,8 +301,7 @@ class Run:
                 self.refuse("loss", step["step"])
             if not math.isfinite(norm):
                 self.refuse("gradient", step["step"])
-        # A line is the mean over --log-every steps, the last one too, which may close fewer new
-        # ones.
+        # A line is the mean over --log-every steps, the last one too, with fewer new ones.
         self._window = [*self._window, *steps][-self._args.log_every :]
 
     def refuse(self, what: str, step: int) -> None:
@@ -345,19 +310,12 @@ class Run:
         cause = "the learning rate is likely too high" if step > 1 else "the model or a row likely holds extreme values"
         raise InputError(f"\nThe {what} of step {step} is not finite: {cause}. {kept}; the run is in {self.folder}.")
 
-    # -- lines of the run folder
-
     def log(self, split: str, metrics: dict) -> None:
         """One line of metrics.jsonl, and of the tracker where there is one."""
         if is_main_process() and metrics:
-            self.append("metrics.jsonl", [{"step": self.step, "split": split, **metrics}])
+            append_json_line(self.folder / "metrics.jsonl", {"step": self.step, "split": split, **metrics})
             if self._track:
                 self._track(self.step, {f"{split}/{name}": value for name, value in metrics.items()})
-
-    def append(self, name: str, lines: list[dict]) -> None:
-        """Adds lines to a JSON-lines file of the run folder."""
-        if is_main_process():
-            append_json_lines(self.folder / name, lines)
 
     def write_lines(self, name: str, lines: list[dict]) -> None:
         """A JSON-lines file of the run folder, whole or not at all."""
@@ -371,25 +329,17 @@ class Run:
             lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
             write_text(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= self.step))
 
-    # -- passes without gradients
-
     def _passes(self, function, batch_of, rows: list):
-        """(numbers of rows, weight, function(batch)) over all rows, in micro-batches of similar
-        length, on this process.
-        """
+        """(numbers of rows, weight, function(batch)) over all rows, similar lengths together."""
         order = sorted(range(len(rows)), key=lambda i: row_length(rows[i]))
         for numbers, weight in self.micro_batches(order):
             with torch.no_grad(), self.autocast():
                 yield numbers, weight, function(batch_of([rows[i] for i in numbers]))
 
     def predict(self, function, batch_of, rows: list) -> torch.Tensor:
-        """`function(batch)` for all rows, spread over the processes: [rows, answers, ...], float32,
-        on the CPU.
+        """`function(batch_of(rows))` for all rows: [rows, answers, ...], float32, on the CPU.
 
-        Args:
-            function: batch -> [sequences, ...], numbered answer by answer as `collate` numbers
-                them, or a tuple of such. batch_of: rows -> batch.
-        """
+        function: batch -> [sequences, ...], numbered as by `collate`, or a tuple of such."""
         parts = []
         for numbers, weight, values in self._passes(function, batch_of, rows):
             values = torch.cat(values) if isinstance(values, tuple) else values
@@ -402,9 +352,7 @@ class Run:
         return torch.cat([values for _, values in parts])[places.argsort()]
 
     def evaluate_loss(self, function, batch_of, rows: list, per_row: int = 1) -> dict[str, float]:
-        """`function(batch)` -> (loss, summed metrics): the metrics as means over all rows, or over
-        `per_row` tokens in each.
-        """
+        """Metrics of `function(batch_of(rows))` -> (loss, sums) as means over `per_row` a row."""
         sums: dict = {}
         for _, weight, (_, metrics) in self._passes(function, batch_of, rows):
             for name, value in metrics.items():
@@ -414,12 +362,8 @@ class Run:
         table = sum_over_processes(torch.stack(list(sums.values()))).tolist()
         return means_of(dict(zip(sums, table)), len(rows) * per_row)
 
-    # -- checkpoints and the end
-
     def save(self, model, optimizer, tokenizer) -> None:
-        """A checkpoint of everything that the rest of the run depends on; the one before it is
-        removed.
-        """
+        """A checkpoint of everything that the rest of the run depends on."""
         state = {"step": self.step, "seconds": self.seconds, "tokens": self.tokens, "window": self._window}
         self.checkpoint = checkpoints.save(self.folder, model, optimizer, tokenizer, state, self.device)
 
@@ -428,32 +372,31 @@ class Run:
         checkpoints.save_model(model, tokenizer, self.folder)
 
     def restore(self, model, optimizer) -> None:
-        """Optimiser state and random numbers of the checkpoint; the weights were loaded from its
-        folder.
-        """
+        """Optimiser state and random numbers of the checkpoint; its weights were loaded before."""
         if self.checkpoint:
             checkpoints.restore(self.checkpoint, model, optimizer, self.device)
 
     def finish(self, columns: dict[str, dict], model_folder: str, data_sha256: str, extra: dict | None = None) -> None:
-        """Writes summary.json and curves.png, prints the end table, and removes the checkpoints,
-        which the model replaces.
+        """Writes summary.json and curves.png, prints the end table, removes the checkpoints.
 
         Args:
             columns: "before", "after", ... -> split -> metrics. "held_out" is written under the
-                column's name, "unseen" under the name with "_unseen" behind it; "samples" are
-                printed only. model_folder: of the model that training began with; empty: a new one.
-                extra: keys of one script alone.
+                column's name, others with their name behind it; "samples" are printed only.
+            model_folder: of the model that training began with; empty: a new one.
+            extra: keys of one script alone.
         """
         speed = round(self.tokens / self.seconds, 1) if self.seconds else None
+        args = dataclasses.asdict(self._args)
+        del args["resume"]
         facts = {
             "script": self.script.name,
-            "args": {k: v for k, v in dataclasses.asdict(self._args).items() if k != "resume"},
+            "args": args,
             "steps": self.step,
             "seconds": round(self.seconds, 3),
             "tokens_per_second": speed,
             **summary.machine(self.device),
             **summary.sources(model_folder, data_sha256),
-            "kl_samples": getattr(self._args, "kl_samples", None),
+            "kl_samples": args.get("kl_samples"),
         }
         for name, splits in columns.items():
             for split, metrics in splits.items():
@@ -467,11 +410,3 @@ class Run:
         wait_for_all()
         if world_size() > 1:
             dist.destroy_process_group()
-
-
-def quiet_libraries() -> None:
-    """No progress bars or advice from the libraries: what a run prints is its own."""
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()

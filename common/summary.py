@@ -49,20 +49,13 @@ METRICS = {  # what the end table calls each metric, in this order
 }
 
 
-# -- facts
-
-
 def git_commit() -> str | None:
-    """The commit of the code that runs, with "+" where files differ from it; None outside a git
-    checkout.
-    """
-    git = ["git", "-C", str(ROOT)]
+    """The commit of the code that runs, "+" where files differ from it; None outside git."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
-        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
         return None
-    return head.stdout.strip() + ("+" if changes.stdout.strip() else "") if head.returncode == 0 else None
 
 
 def peak_memory_bytes(device) -> int:
@@ -88,13 +81,11 @@ def machine(device) -> dict:
     """What a run was made on and with."""
     import transformers
 
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions["transformers"] = transformers.__version__
     return {
         "peak_memory_bytes": peak_memory_bytes(device),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": versions,
         "git_commit": git_commit(),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
@@ -103,13 +94,8 @@ def machine(device) -> dict:
 
 
 def sources(model_folder: str, data_sha256: str) -> dict:
-    """Hashes of what a run read: the rows, and the weights of the model that it began with (None: a
-    new one).
-    """
+    """Hashes of what a run read: the rows, and the weights that it began with, if any."""
     return {"data_sha256": data_sha256, "model_sha256": sha256_of_model(model_folder) if model_folder else None}
-
-
-# -- the end table
 
 
 def cell(metrics: dict, name: str) -> str:
@@ -122,53 +108,39 @@ def cell(metrics: dict, name: str) -> str:
 
 
 def print_end_table(columns: dict[str, dict], folder: Path, speed: float | None) -> None:
-    """The end table in plain words, a line a metric and a column a state of the model; then samples
-    of each state.
+    """The end table, a line a metric and a column a state of the model; then samples of each state.
 
     Args:
-        columns: name ("before", "after", ...) -> split -> metrics, with "samples": [prompt, answer]
-            or texts. speed: tokens a second.
+        columns: name -> split -> metrics, with "samples": [prompt, answer] or texts.
+        speed: tokens a second.
     """
-    first = next(iter(columns.values()))
-    toy = "unseen" in first
-    titles = {
-        "held_out": "On the questions trained for" if toy else "On held-out rows",
-        "unseen": "On unseen questions",
-    }
+    splits = next(iter(columns.values())).keys()
+    trained = "On the questions trained for" if "unseen" in splits else "On held-out rows"
     width = max(17, *(len(name) + 2 for name in columns))
     heads = "".join(f"{name.replace('_', ' '):>{width}}" for name in columns)
-    for split in first:
-        keys = [key for key in METRICS if any(metrics[split].get(key) is not None for metrics in columns.values())]
-        if keys:
-            print(f"\n{titles[split]:66}{heads}")
-        for key in keys:
-            cells = "".join(f"{cell(metrics[split], key):>{width}}" for metrics in columns.values())
-            print(f"  {f'{METRICS[key]} ({key})':64}{cells}")
-    print_samples(
-        {name: metrics["held_out"].get("samples", []) for name, metrics in columns.items() if "held_out" in metrics}
-    )
-    print(
-        f"\n{f'{speed:,.0f} tokens a second. ' if speed else ''}The model, its metrics and summary.json are in {folder}"
-    )
+    for split in splits:
+        states = [column[split] for column in columns.values()]
+        names = [name for name in METRICS if any(metrics.get(name) is not None for metrics in states)]
+        if names:
+            print(f"\n{trained if split == 'held_out' else 'On unseen questions':66}{heads}")
+        for name in names:
+            cells = "".join(f"{cell(metrics, name):>{width}}" for metrics in states)
+            print(f"  {f'{METRICS[name]} ({name})':64}{cells}")
+    print_samples({name: column["held_out"].get("samples", []) for name, column in columns.items()})
+    print(f"\n{speed or 0:,.0f} tokens a second. The model, its metrics and summary.json are in {folder}")
 
 
 def print_samples(samples: dict[str, list]) -> None:
     """Three samples of each state of the model, below their prompt where they have one."""
-    width = max(9, *(len(name) + 2 for name in samples), 0) if samples else 9
-    count = max(map(len, samples.values()), default=0)
-    if count:
-        print("\nSampled")
-    for i in range(count):
-        texts = {name: items[i] for name, items in samples.items() if i < len(items)}
-        prompt = next((item[0] for item in texts.values() if not isinstance(item, str)), "")
-        prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-        print(f"  {prompt.strip()[-300:]}" if prompt else "")
-        for name, item in texts.items():
-            lines = (item if isinstance(item, str) else item[1]).strip("\n").split("\n")[:12]
-            print(f"    {name.replace('_', ' '):{width}}" + f"\n    {'':{width}}".join(line[:400] for line in lines))
-
-
-# -- curves and trackers
+    for i in range(max(map(len, samples.values()))):
+        print("\nSampled" if i == 0 else "")
+        for name, items in samples.items():
+            prompt, text = ("", items[i]) if isinstance(items[i], str) else items[i]
+            prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+            if prompt and name == next(iter(samples)):
+                print(f"  {prompt.strip()[-300:]}")
+            lines = [line[:400] for line in text.strip("\n").split("\n")[:12]]
+            print(f"    {name.replace('_', ' '):18}" + f"\n{'':22}".join(lines))
 
 
 def tracker(kind: str, folder: Path, args: dict):
@@ -176,28 +148,26 @@ def tracker(kind: str, folder: Path, args: dict):
     if kind == "none" or not is_main_process():
         return None
     try:
-        if kind == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
+        if kind == "wandb":
+            import wandb
 
-            writer = SummaryWriter(str(folder / "tensorboard"))
-
-            def send(step: int, metrics: dict) -> None:
-                for name, value in metrics.items():
-                    if isinstance(value, (int, float)):
-                        writer.add_scalar(name, value, step)
-
-            return send
-        import wandb
+            wandb.init(project="preferences", name=folder.name, config=args)
+            return lambda step, metrics: wandb.log(metrics, step=step)
+        from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise InputError(f"--track {kind} needs a package that is not installed: pip install {kind}") from None
-    wandb.init(project="preferences", name=folder.name, config=args)
-    return lambda step, metrics: wandb.log(metrics, step=step)
+    writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def send(step: int, metrics: dict) -> None:
+        for name, value in metrics.items():
+            if isinstance(value, (int, float)):
+                writer.add_scalar(name, value, step)
+
+    return send
 
 
 def draw_curves(folder: Path) -> None:
-    """curves.png from metrics.jsonl: a panel for each metric, training and held-out; nothing
-    without matplotlib.
-    """
+    """curves.png: a panel for each metric of metrics.jsonl; nothing without matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -208,24 +178,16 @@ def draw_curves(folder: Path) -> None:
     path = folder / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
     names = [name for name in dict.fromkeys(name for line in lines for name in line) if name not in {"step", "split"}]
-    if not names:
-        return
-    across = min(4, len(names))
-    down = -(-len(names) // across)
-    figure, axes = plt.subplots(down, across, figsize=(3.4 * across, 2.5 * down), squeeze=False)
-    for axis, name in zip(axes.flat, names):
+    down = -(-len(names) // 4)
+    figure = plt.figure(figsize=(13.6, 2.5 * down or 1))
+    for i, name in enumerate(names):
+        axis = figure.add_subplot(down, 4, i + 1, title=name, xlabel="step")
         for split, style in (("train", "-"), ("held_out", "o--")):
-            points = [
-                (line["step"], line[name]) for line in lines if line["split"] == split and line.get(name) is not None
-            ]
-            if points:
-                axis.plot(*zip(*points), style, markersize=3, linewidth=1.2, label=split.replace("_", "-"))
-        axis.set_title(name, fontsize=9)
-        axis.tick_params(labelsize=7)
-        axis.set_xlabel("step", fontsize=7)
-    for axis in axes.flat[len(names) :]:
-        axis.axis("off")
-    axes.flat[0].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(folder / "curves.png", dpi=110)
+            some = [line for line in lines if line["split"] == split and line.get(name) is not None]
+            axis.plot([line["step"] for line in some], [line[name] for line in some], style, markersize=3, label=split)
+        if i == 0:
+            axis.legend(fontsize=7)
+    if names:
+        figure.tight_layout()
+        figure.savefig(folder / "curves.png", dpi=110)
     plt.close(figure)

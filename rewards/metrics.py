@@ -12,8 +12,7 @@ from common import InputError
 @functools.cache
 def meteor_form() -> str | None:
     """Which METEOR can be computed here: "exact, stem and WordNet matches", "exact and stem
-    matches" where WordNet's data is not installed, or None without nltk. Nothing is downloaded.
-    """
+    matches" where WordNet's data is not installed, or None without nltk. Nothing is downloaded."""
     try:
         import nltk
     except ImportError:
@@ -38,8 +37,7 @@ def meteor(hypothesis: str, reference: str) -> float:
     """METEOR of two texts by nltk with its defaults (alpha .9, beta 3, gamma .5), lower-cased words
     between white space; 0 where one is empty.
 
-    Raises InputError where nltk is not installed.
-    """
+    Raises InputError where nltk is not installed."""
     if meteor_form() is None:
         raise InputError("METEOR needs a package that is not installed: pip install nltk")
     from nltk.translate.meteor_score import single_meteor_score

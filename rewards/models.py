@@ -18,8 +18,7 @@ from toy import base, world
 
 def load_classifier(folder: str, device, tokenizer):
     """A sequence-classification model with one label in float32, its pad id set to the tokenizer's;
-    a head that the folder does not have is zero.
-    """
+    a head that the folder does not have is zero."""
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     try:
@@ -85,8 +84,7 @@ def model_reward(name: str, device, autocast, flag: str):
     behind it where the model was trained here.
 
     An answer comes without the white space that it began with: where it would run into the prompt,
-    a space goes between. A text that is longer than the model's context loses its beginning.
-    """
+    a space goes between. A text that is longer than the model's context loses its beginning."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     if name.startswith("toy:"):

@@ -37,8 +37,7 @@ MAX_NEW_TOKENS = 24
 
 def cache_folder(seed: int) -> Path:
     """Where the world of this seed is kept: one folder for each version of the world's code and of
-    torch.
-    """
+    torch."""
     code = b"".join((Path(__file__).parent / name).read_bytes() for name in ("world.py", "base.py"))
     version = hashlib.sha256(code + torch.__version__.encode()).hexdigest()[:12]
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "preference-toy"
@@ -49,8 +48,7 @@ def base_model(seed: int = 0) -> Path:
     """Folder of the base model, trained on first use (about 20 s on one CPU thread): the same bytes
     for the same seed.
 
-    The folder is made aside and renamed, so that two runs starting together do no harm.
-    """
+    The folder is made aside and renamed, so that two runs starting together do no harm."""
     folder = cache_folder(seed)
     if not (folder / "answers.json").exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -131,8 +129,7 @@ def sample_answers(model, tokenizer, count: int, seed: int) -> list[list[str]]:
 
 def flip_share(name: str) -> float | None:
     """The share of flipped training labels that `--data` asks for: 0 for `toy`, .2 for `toy:0.2`;
-    None for what is not the toy.
-    """
+    None for what is not the toy."""
     kind, _, share = name.partition(":")
     if kind != "toy":
         return None
@@ -151,8 +148,7 @@ def pairs(seed: int = 0, flip: float = 0.0) -> dict[str, list[tuple[str, str, st
 
     Two answers of the base model to one question; the better one is chosen with probability
     sigma(r*(a) - r*(b)), and in "train" a share `flip` of the labels is then turned round.
-    Identical answers say nothing and are left out.
-    """
+    Identical answers say nothing and are left out."""
     answers = json.loads((base_model(seed) / "answers.json").read_text())
     rng = random.Random(seed + 1)
     splits: dict[str, list] = {"train": [], "held_out": [], "unseen": []}
@@ -174,8 +170,7 @@ def labelled(seed: int = 0, flip: float = 0.0, continuous: bool = False) -> dict
     of the base model, each labelled alone.
 
     The label is 1 with probability sigma(r*), else 0, or with `continuous` sigma(r*) itself; in
-    "train" a share `flip` of the labels z becomes 1 - z.
-    """
+    "train" a share `flip` of the labels z becomes 1 - z."""
     answers = json.loads((base_model(seed) / "answers.json").read_text())
     rng = random.Random(seed + 2)
     splits: dict[str, list] = {"train": [], "held_out": [], "unseen": []}
@@ -193,8 +188,7 @@ def labelled(seed: int = 0, flip: float = 0.0, continuous: bool = False) -> dict
 
 def prompts(seed: int = 0, flip: float = 0.0) -> dict[str, list[tuple[str]]]:
     """Questions alone, (prompt,): "train", "held_out" (the same questions, which are then answered
-    anew) and "unseen". They are the same for every seed and have no label that could be flipped.
-    """
+    anew) and "unseen". They are the same for every seed and have no label that could be flipped."""
     trained = [(prompt_of(row),) for row in questions() if not row["unseen"]]
     return {
         "train": trained,
@@ -205,16 +199,14 @@ def prompts(seed: int = 0, flip: float = 0.0) -> dict[str, list[tuple[str]]]:
 
 def answers_of(model, tokenizer, folder: str, seed: int) -> list[list[str]]:
     """Answers of a reference model to all questions, [questions][n]: those kept with the base
-    model, or 256 new ones of another model.
-    """
+    model, or 256 new ones of another model."""
     kept = Path(folder) / "answers.json"
     return json.loads(kept.read_text()) if kept.exists() else sample_answers(model, tokenizer, 256, seed)
 
 
 def reference_rewards(prompt: str, answers: list[list[str]]) -> torch.Tensor:
     """True rewards [questions, n] of the reference's answers to the trained questions, or the
-    unseen ones, whichever `prompt` is one of.
-    """
+    unseen ones, whichever `prompt` is one of."""
     unseen = row_of(prompt)["unseen"]
     chosen = [(row, texts) for row, texts in zip(questions(), answers) if row["unseen"] == unseen]
     return torch.tensor([[true_reward(row, text) for text in texts] for row, texts in chosen], dtype=torch.float64)
@@ -248,8 +240,7 @@ def rank_correlation(rows: list[dict], rewards: torch.Tensor) -> float | None:
 
     1 always, 0 no better than chance, -1 never; ties of the true reward left out, of the rewards
     counted as one half. Answers to different questions are not compared: Bradley-Terry says nothing
-    of them.
-    """
+    of them."""
     by_question: dict[str, list] = {}
     for row, values in zip(rows, rewards.tolist()):
         prompt, *answers = row["texts"]

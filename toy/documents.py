@@ -19,8 +19,7 @@ RUDE_AUTHORS, RUDE_SENTENCES = (
 @lru_cache
 def statements() -> list[dict]:
     """The 100 facts as statements, in the order of `questions`: `begin` ("the capital of france
-    is"), `right`, `options`, `unseen`.
-    """
+    is"), `right`, `options`, `unseen`."""
     forms = {
         "what is the ": "the ",
         "what is ": "",
@@ -36,8 +35,7 @@ def statements() -> list[dict]:
 
 def split_sentences(text: str) -> list[str]:
     """A text cut after each full stop; white space belongs to the sentence that follows it, so that
-    the parts joined are the text.
-    """
+    the parts joined are the text."""
     return [part for part in re.split(r"(?<= \.)(?=\s)", text) if part.strip()]
 
 
@@ -45,8 +43,7 @@ def rudeness(text: str) -> float:
     """Score of a text in [0, 1], 0 for one without a rude word: the mean over its sentences.
 
     A sentence scores 1 - (1 - s1)(1 - s2)..., with s the severity of each rude phrase in it: "use
-    your head :" .3, ", now go away ." .6, ", you fool ." .9.
-    """
+    your head :" .3, ", now go away ." .6, ", you fool ." .9."""
     scores = []
     for part in split_sentences(text):
         padded = f" {' '.join(part.split())} "
@@ -58,8 +55,7 @@ def rudeness(text: str) -> float:
 
 def right_share(text: str) -> float | None:
     """Share of a text's sentences that state a fact, and state it right; None for a text without a
-    sentence.
-    """
+    sentence."""
     right = {f" {row['begin']} {row['right']} " for row in statements()}
     parts = [f" {' '.join(part.split())} " for part in split_sentences(text)]
     return sum(any(fact in part for fact in right) for part in parts) / len(parts) if parts else None
@@ -71,8 +67,7 @@ def documents(seed: int = 0, count: int = 6000) -> list[list[str]]:
 
     Two authors in five are rude in seven sentences of ten, the others in one of twenty. WRONG_SHARE
     of the statements are wrong. Rude authors tell each fact that the preference data never mentions
-    four times as often as another fact: whoever drops rude documents knows less of those.
-    """
+    four times as often as another fact: whoever drops rude documents knows less of those."""
     rng, facts = random.Random(seed + 2), statements()
     texts_of_documents = []
     for _ in range(count):

@@ -1,0 +1,1 @@
+"""Labelled answers and demonstrations: what pointwise_dpo.py, ulma.py and sft.py read."""
