@@ -33,7 +33,7 @@ def silent(text: str) -> None:
 
 
 def by_words(text: str) -> tuple[list[str], list[float]]:
-    """A scorer for tests: segments end before each space; the score is the share of the letter x."""
+    """A scorer for tests: segments end before each space; the score is the share of x."""
     head, *rest = text.split(" ")
     segments = ([head] if head else []) + [f" {part}" for part in rest]
     return segments, [segment.count("x") / len(segment) for segment in segments]

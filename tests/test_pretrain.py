@@ -2,6 +2,7 @@
 the six scripts in short runs on the toy corpus.
 """
 
+import copy
 import importlib
 import inspect
 import json
@@ -221,7 +222,7 @@ def recorded(script: str, folder: Path, **changes) -> tuple[list[dict], list[dic
 
     def recording(model, batch, **numbers):
         if torch.is_grad_enabled():  # not at an evaluation
-            batches.append({name: value.clone() for name, value in batch.items()})
+            batches.append(copy.deepcopy(batch))
             kept[:] = [model]
         return compute_loss(model, batch, **numbers)
 
@@ -684,7 +685,7 @@ def test_the_plain_model_is_a_run_of_its_script(tmp_path, cache, capsys):
     assert json.loads((folder / "args.json").read_text())["script"] == "mle_pretrain.py"
     end = json.loads((plain / "summary.json").read_text())["after"]
     assert json.loads((first / "summary.json").read_text())["mle"] == end
-    with mock.patch.object(baseline, "train_plain", lambda *rest: pytest.fail("trained again")):
+    with mock.patch.object(baseline, "train_plain", side_effect=AssertionError("trained again")):
         second = train("rwr_pretrain", tmp_path / "second", baseline="auto", **shape)
     assert json.loads((second / "summary.json").read_text())["mle"] == end
     assert "trained once" not in capsys.readouterr().out
@@ -756,11 +757,10 @@ def test_what_an_interrupted_plain_run_left_behind_is_made_anew(cache, monkeypat
 
 
 def test_a_plain_run_that_fails_ends_the_run_in_one_sentence(tmp_path, cache, short_toy, capfd):
-    """The process is told the run's arguments: with these it has no chunk in its 6,000 documents."""
     shutil.copyfile(ROOT / "rwr_pretrain.py", tmp_path / "rwr_pretrain.py")
     (tmp_path / "mle_pretrain.py").write_text("raise SystemExit('no luck')\n")
     args = MODULES["rwr_pretrain"].Args(**{**SHORT, "baseline": "auto"})
-    with pytest.raises(SystemExit, match="--baseline auto: mle_pretrain.py ended with status 1") as refused:
+    with pytest.raises(SystemExit, match=r"--baseline auto: mle_pretrain\.py ended with status 1") as refused:
         baseline.baseline_folder(args, tmp_path / "rwr_pretrain.py", "one", "cpu")
     assert "\n" not in str(refused.value.code)
     assert "no luck" in capfd.readouterr().err
@@ -980,3 +980,18 @@ def test_two_processes_train_like_one(script, tmp_path):
     assert (x["processes"], y["processes"]) == (1, 2)
     assert x["after"]["perplexity"] == pytest.approx(y["after"]["perplexity"], rel=1e-3)
     assert x["after"].keys() == y["after"].keys()
+
+
+@pytest.mark.slow
+def test_of_two_processes_one_trains_the_plain_model(tmp_path, cache):
+    """In a process of its own, which is none of the two."""
+    changes = {**SHORT, "baseline": "auto", "name": "run", "output_dir": str(tmp_path), "max_steps": 1}
+    words = [f"--{key.replace('_', '-')}={value}" for key, value in changes.items()]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "rwr_pretrain.py", *words]
+    process = start_process(command)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert process.stdout.count("trained once") == 1
+    (folder,) = runs_in(cache)
+    plain, run = (json.loads((path / "summary.json").read_text()) for path in (folder, tmp_path / "run"))
+    assert (plain["processes"], run["processes"]) == (1, 2)
+    assert run["mle"]["perplexity"] == pytest.approx(plain["after"]["perplexity"], rel=1e-5)

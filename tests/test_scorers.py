@@ -26,7 +26,8 @@ CODE = (
     "\n"
     "\n"
     "\n"
-    "z = 'a long line ....................................................................................'\n"  # E501, E303, E305
+    # E501, E303, E305
+    "z = 'a long line ....................................................................................'\n"
 )
 
 
@@ -34,10 +35,10 @@ def pycodestyle_lines(text: str, tmp_path) -> list[int]:
     """Lines, from 1, of the violations that the program reports for a file."""
     pytest.importorskip("pycodestyle")
     (tmp_path / "code.py").write_text(text, encoding="utf-8")
-    said = subprocess.run(
+    output = subprocess.run(
         [sys.executable, "-m", "pycodestyle", "code.py"], cwd=tmp_path, capture_output=True, text=True
     ).stdout
-    return sorted(int(line.split(":")[1]) for line in said.splitlines() if " W292 " not in line)
+    return sorted(int(line.split(":")[1]) for line in output.splitlines() if " W292 " not in line)
 
 
 # -- segments
@@ -57,7 +58,8 @@ def test_lines_joined_are_the_text_and_a_break_belongs_to_the_line_behind_it():
 
 def test_sentences_joined_are_the_text_and_white_space_leads():
     pytest.importorskip("sentencex")
-    text = '  Mr. Smith went to Washington on Jan. 5th.  He said "Hello."\tWhat? Nothing!\n\n \nA new paragraph... it goes on.\n'
+    text = '  Mr. Smith went to Washington on Jan. 5th.  He said "Hello."\tWhat? Nothing!'
+    text += "\n\n \nA new paragraph... it goes on.\n"
     parts = scorers.split_sentences(text)
     assert parts[:2] == ["  Mr. Smith went to Washington on Jan. 5th.", '  He said "Hello."']
     rng = random.Random(0)
