@@ -175,7 +175,7 @@ def plan_chunks(
     chunks: int, batch_size: int, tokens: float, context: int, seed: int, max_steps: int = -1
 ) -> list[list[int]]:
     """The order of training: for each optimiser step the numbers of its `batch_size` chunks, as
-    many steps as spend the budget of `tokens`.
+    many steps as spend the budget of `tokens`, and at most `max_steps` unless that is -1.
 
     The chunks are shuffled, and shuffled anew each time that all were used. A pure function, so a
     resumed run finds it again.

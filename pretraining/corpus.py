@@ -269,9 +269,8 @@ def score_rest(texts: list[str], scorer: scorers.Scorer, part: Path, say=print0)
     """
     from tqdm import tqdm
 
-    done = (
-        part.read_bytes().split(b"\n")[:-1] if part.exists() else []
-    )  # what follows the last line break was cut by a kill
+    # What follows the last line break was cut by a kill.
+    done = part.read_bytes().split(b"\n")[:-1] if part.exists() else []
     part.write_bytes(b"".join(line + b"\n" for line in done))
     rest = texts[len(done) :]
     if done:
@@ -280,8 +279,8 @@ def score_rest(texts: list[str], scorer: scorers.Scorer, part: Path, say=print0)
     interval = 0.5 if sys.stderr.isatty() else 10.0
     bar = tqdm(total=size, desc="scoring the corpus (once)", unit="B", unit_scale=True, mininterval=interval)
     with part.open("a", encoding="utf-8") as file, bar:
-        line = partial(line_of, scorer.segments)
-        lines = scorers.in_parallel(line, rest, 1 + size // 200_000) if scorer.parallel else map(line, rest)
+        score = partial(line_of, scorer.segments)
+        lines = scorers.in_parallel(score, rest, 1 + size // 200_000) if scorer.parallel else map(score, rest)
         count = len(done)
         try:
             for text, line in zip(rest, lines):

@@ -92,8 +92,8 @@ def evaluate_model(
 
     Args:
         prefix_ids: what follows EOS at the beginning of a sample. banned_ids: never sampled.
-            control_ids: tokens that are no text: taken out of
-            samples, and out of every distribution whose probabilities are compared.
+            control_ids: tokens that are no text: taken out of samples, and out of every
+            distribution whose probabilities are compared.
         scorer: of samples. documents: held-out ones, for the perplexity and the red team's first
             prompts.
         teacher: what `load_teacher` gave. rounds, attacker: of the red team.

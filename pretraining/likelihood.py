@@ -95,9 +95,8 @@ def kl_to_teacher(
                 logps = log_probabilities(m, ids, banned_ids, shared, autocast)
                 logs.append(logps[:, len(prefix) - 1 : -1])  # [some samples, tokens, vocabulary]
             log_p, log_q = logs
-            kl = torch.where(log_p > float("-inf"), log_p.exp() * (log_p - log_q), 0.0).sum(
-                -1
-            )  # [some samples, tokens]
+            terms = torch.where(log_p > float("-inf"), log_p.exp() * (log_p - log_q), 0.0)
+            kl = terms.sum(-1)  # [some samples, tokens]
             lengths = torch.tensor([len(samples[i]) for i in numbers], device=kl.device)
             is_token = torch.arange(kl.shape[1], device=kl.device) < lengths[:, None]
             values += kl.masked_fill(~is_token, 0.0).double().sum(-1).tolist()

@@ -91,8 +91,8 @@ def score_prompts(
 
     Args:
         continuations: samples for each prompt, `max_new_tokens` long, `banned_ids` never in them.
-            prefix_ids: what stands before a prompt, by
-            default EOS. control_ids, whole_lines: as in `texts_of`.
+            prefix_ids: what stands before a prompt, by default EOS. control_ids, whole_lines: as in
+            `texts_of`.
     """
     prefix = [tokenizer.eos_token_id] if prefix_ids is None else list(prefix_ids)
     context = context_length(model)

@@ -47,8 +47,7 @@ def load_scorer(task: str, scorer: str = "", samples: bool = False, device="cpu"
 
     Args:
         scorer: for toxicity `original`, `unbiased` or a folder; empty: `original` for a corpus,
-            `unbiased` for samples, as in the paper.
-            The other tasks have one scorer each.
+            `unbiased` for samples, as in the paper. The other tasks have one scorer each.
         samples: whether samples of a model are to be judged, not a corpus.
         device: where a toxicity model runs.
 
@@ -222,9 +221,8 @@ def pep8_segments(text: str) -> tuple[list[str], list[float]]:
     empty line has a length).
     """
     parts = split_lines(text)
-    first = (
-        0 if text and text[0] != "\n" else 1
-    )  # a text that begins with a line break has no line 0 among its segments
+    # A text that begins with a line break has no line 0 among its segments.
+    first = 0 if text and text[0] != "\n" else 1
     counts = [0] * len(parts)
     for line in violations(text):
         counts[min(max(line - first, 0), len(parts) - 1)] += 1  # an unclosed bracket is reported behind the end

@@ -427,17 +427,15 @@ def test_tokens_segment_by_segment():
 def test_what_looks_like_a_special_token_in_a_text_stays_text():
     tokenizer = marked_tokenizer()
     text = "a <|good|><|bad|></s><s><pad> b"
-    assert set(tokenizer(text, add_special_tokens=False).input_ids) & set(
-        tokenizer.all_special_ids
-    )  # asked plainly, it reads them
+    # Asked plainly, it reads them.
+    assert set(tokenizer(text, add_special_tokens=False).input_ids) & set(tokenizer.all_special_ids)
     ids, _ = chunks.encode_document(tokenizer, [text, "</s>"], [0.0, 1.0])
     control = {tokenizer.convert_tokens_to_ids(token) for token in ("<|good|>", "<|bad|>", "<pad>", "<s>", "</s>")}
     assert len(control) == 5
     assert not set(ids) & control
     assert tokenizer.decode(ids) == text + "</s>"
-    assert tokenizer("<|good|>", add_special_tokens=False).input_ids == [
-        tokenizer.convert_tokens_to_ids("<|good|>")
-    ]  # and it still does
+    # And it still does.
+    assert tokenizer("<|good|>", add_special_tokens=False).input_ids == [tokenizer.convert_tokens_to_ids("<|good|>")]
 
 
 def test_marks_stand_before_their_segments_and_have_their_scores():
@@ -509,9 +507,8 @@ def test_documents_are_joined_by_eos_and_cut_without_padding():
     ids, scores, left = chunks.pack(iter(encoded), 2, 4)
     assert ids.tolist() == [[5, 6, 7, 2], [8, 2, 9, 9]]
     assert ids.dtype == torch.int64
-    torch.testing.assert_close(
-        scores, torch.tensor([[0.1, 0.1, 0.2, 0.2], [0.5, 0.5, 0.0, 0.0]])
-    )  # EOS has the last segment's score
+    # EOS has the last segment's score.
+    torch.testing.assert_close(scores, torch.tensor([[0.1, 0.1, 0.2, 0.2], [0.5, 0.5, 0.0, 0.0]]))
     assert left == 3
     ids, scores, left = chunks.pack(iter(encoded), 2, 12)
     assert ids.shape == scores.shape == (0, 12)

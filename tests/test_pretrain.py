@@ -163,15 +163,13 @@ def test_rows_of_new_tokens_are_the_mean_of_the_old_ones_and_a_little_noise(tied
         assert noise.std().item() == pytest.approx(0.01, rel=0.4)
         assert (noise[0] != noise[1]).all()
     rows = layers[0].weight.detach().clone()
-    assert (
-        module.new_tokens(model, tokenizer, (module.GOOD, module.BAD), seed=1) == ids
-    )  # they are there already: nothing changes
+    # They are there already: nothing changes.
+    assert module.new_tokens(model, tokenizer, (module.GOOD, module.BAD), seed=1) == ids
     torch.testing.assert_close(model.get_input_embeddings().weight, rows, rtol=0, atol=0)
     again = models.tiny_gpt2(n, tie_word_embeddings=tied)
     module.new_tokens(again, models.byte_tokenizer(), (module.GOOD, module.BAD), seed=0)
-    torch.testing.assert_close(
-        again.get_input_embeddings().weight, rows, rtol=0, atol=0
-    )  # the same seed, the same rows
+    # The same seed, the same rows.
+    torch.testing.assert_close(again.get_input_embeddings().weight, rows, rtol=0, atol=0)
 
 
 # -- short runs
@@ -610,9 +608,8 @@ def test_the_end_tables_numbers_on_a_bigram_table(bigram, tmp_path, short_toy):
     documents = toy_splits(0.3)
     ids, scores, _ = chunks.pack(chunks.encode_documents(tokenizer, documents["held_out"]), tokenizer.eos_token_id, 16)
     ids, scores = ids[:, :-2], scores[:, :-2]
-    logps = table[
-        ids[:, :-1], ids[:, 1:]
-    ]  # the first token of a chunk is not counted, the last two make room for a prefix
+    # The first token of a chunk is not counted, the last two make room for a prefix.
+    logps = table[ids[:, :-1], ids[:, 1:]]
     column = column_of(bigram)
     assert column["perplexity"] == pytest.approx(logps.mean().neg().exp().item(), rel=1e-5)
     kept = (scores == 0)[:, 1:]

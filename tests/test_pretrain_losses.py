@@ -127,9 +127,8 @@ def test_probabilities_of_one_give_no_nan_on_either_branch(score, dtype):
     if score == 0.0:
         assert (slope == -1).all()
     else:
-        assert loss[:3].tolist() == pytest.approx(
-            [-math.log(torch.finfo(dtype).eps)] * 3, rel=1e-6
-        )  # a large number, and the largest
+        # A large number, and the largest.
+        assert loss[:3].tolist() == pytest.approx([-math.log(torch.finfo(dtype).eps)] * 3, rel=1e-6)
         assert loss[3] < loss[0]
         expected = (p := math.exp(-3.0)) / (1 - p)
         assert slope[4].item() == pytest.approx(expected, rel=1e-5)
@@ -232,9 +231,8 @@ def test_control_tokens_are_left_out_at_the_rate_asked_for():
         assert abs(rest.count("x") / len(rest) - drop) < 5 * math.sqrt(drop * (1 - drop) / len(rest))
     assert marked == add_control_tokens(["x"] * n, scores, 0.5, drop, random.Random(0))
     same = add_control_tokens(["x"] * n, [0.0] * n, 0.5, drop, random.Random(0))
-    assert [s == "x" for s in same] == [
-        s == "x" for s in marked
-    ]  # which ones are left out does not depend on the scores
+    # Which ones are left out does not depend on the scores.
+    assert [s == "x" for s in same] == [s == "x" for s in marked]
 
 
 def test_control_tokens_of_bad_arguments_are_refused():

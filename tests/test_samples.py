@@ -57,9 +57,8 @@ def test_samples_are_cut_at_temperature_and_top_p():
     first = torch.tensor([ids[0] for ids in drawn]).bincount(minlength=6) / 4000
     p = (table[4] / 0.7).softmax(-1)
     order = p.argsort(descending=True)
-    kept = order[
-        : int((p[order].cumsum(0) < 0.9).sum()) + 1
-    ]  # the likeliest ones up to .9, the one that reaches it included
+    # The likeliest ones up to .9, the one that reaches it included.
+    kept = order[: int((p[order].cumsum(0) < 0.9).sum()) + 1]
     expected = torch.zeros(6, dtype=torch.float64)
     expected[kept] = p[kept] / p[kept].sum()
     assert len(kept) < 6
@@ -319,11 +318,8 @@ def test_red_team_breeds_prompts_that_bring_out_the_worst(attack):
         rounds=4,
         shots=2,
     )
-    assert found["rounds"][0] == {
-        "best": 0.5,
-        "mean": pytest.approx(1 / 3),
-        "new": 3,
-    }  # the pool as given, each prompt once
+    # The pool as given, each prompt once.
+    assert found["rounds"][0] == {"best": 0.5, "mean": pytest.approx(1 / 3), "new": 3}
     assert len(found["rounds"]) == 5
     assert [r["best"] for r in found["rounds"]] == sorted(r["best"] for r in found["rounds"])
     assert found["rounds"][-1]["best"] > 0.7

@@ -111,11 +111,8 @@ def test_the_score_of_a_line_and_of_a_text():
     pytest.importorskip("pycodestyle")
     segments, scores = scorers.pep8_segments("x=1\ny = 2\nz = 3 \n")
     assert segments == ["x=1", "\ny = 2", "\nz = 3 \n"]
-    assert scores == [
-        1 / 3,
-        0.0,
-        1 / 8,
-    ]  # E225 on three characters; W291 on a line of six with the break before it and the one behind
+    # E225 on three characters; W291 on a line of six with the break before it and the one behind.
+    assert scores == [1 / 3, 0.0, 1 / 8]
     assert scorers.pep8("x=1\ny = 2\n") == 1 / 10
     assert scorers.pep8("") == 0.0
     assert scorers.pep8("x = 1") == 0.0  # no line break at the end of a text that is cut
