@@ -78,6 +78,8 @@ def compute_loss(
     chosen_rewards = beta * (chosen_logps - ref_chosen_logps)  # [batch]
     rejected_rewards = beta * (rejected_logps - ref_rejected_logps)  # [batch]
     return losses.sum(), pair_metrics(losses, chosen_rewards, rejected_rewards, chosen_logps, rejected_logps)
+
+
 # [/method]
 def pair_metrics(losses, chosen_rewards, rejected_rewards, chosen_logps, rejected_logps) -> dict[str, torch.Tensor]:
     """Metrics of a micro-batch, each summed over its pairs, on the device.
@@ -182,6 +184,7 @@ class Args:
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 0.5:
             raise SystemExit(f"--label-smoothing {self.label_smoothing}: expected at least 0 and below 0.5.")
+
     # [/method]
     model: str = "toy"
     """toy, a hub id, or a folder, a run among them: the policy's start and the reference."""
@@ -280,16 +283,11 @@ def main(args: Args) -> None:
         """Log-probabilities and rewards of chosen and rejected answers, [rows, 2] each."""
         logps = predict_logps(rows)
         return logps, args.beta * (logps - rows.columns("ref_chosen_logps", "ref_rejected_logps"))
+
     # [/method]
-    samples_of = partial(
-        evaluate.evaluate_samples,
-        tokenizer=tokenizer,
-        count=args.kl_samples,
-        max_new_tokens=args.max_new_tokens,
-        seed=args.seed,
-        autocast=run.autocast,
-        judge=judge_of(args.data, ref_folder, tokenizer, args.seed),
-    )
+    sampling = {"count": args.kl_samples, "max_new_tokens": args.max_new_tokens, "seed": args.seed}
+    judge = judge_of(args.data, ref_folder, tokenizer, args.seed)
+    samples_of = partial(evaluate.evaluate_samples, tokenizer=tokenizer, autocast=run.autocast, judge=judge, **sampling)
 
     def report(ref_model) -> dict:
         """The end table of the policy as it is now; ref_model None: it still is the reference."""

@@ -146,6 +146,8 @@ def prior_weights(model) -> dict[str, torch.Tensor]:
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     embeddings.add(id(model.get_output_embeddings().weight))
     return {name: p.detach() for name, p in model.named_parameters() if p.dim() > 1 and id(p) not in embeddings}
+
+
 # [/method]
 def pair_metrics(losses, chosen_rewards, rejected_rewards, chosen_logps, rejected_logps) -> dict[str, torch.Tensor]:
     """Metrics of a micro-batch, each summed over its pairs, on the device.
@@ -274,6 +276,7 @@ class Args:
             raise SystemExit(f"--head-lr {self.head_lr}: expected a positive number.")
         if self.n < 1:
             raise SystemExit(f"--n {self.n}: expected at least 1.")
+
     # [/method]
     model: str = "toy"
     """toy, a hub id, or a folder, a run among them: the policy's start and the reference."""
@@ -380,15 +383,9 @@ def main(args: Args) -> None:
         for name, rows in splits.items():
             rows.add_columns(("ref_chosen_logps", "ref_rejected_logps"), ref_logps[name])
     # [/method]
-    samples_of = partial(
-        evaluate.evaluate_samples,
-        tokenizer=tokenizer,
-        count=args.kl_samples,
-        max_new_tokens=args.max_new_tokens,
-        seed=args.seed,
-        autocast=run.autocast,
-        judge=judge_of(args.data, ref_folder, tokenizer, args.seed),
-    )
+    sampling = {"count": args.kl_samples, "max_new_tokens": args.max_new_tokens, "seed": args.seed}
+    judge = judge_of(args.data, ref_folder, tokenizer, args.seed)
+    samples_of = partial(evaluate.evaluate_samples, tokenizer=tokenizer, autocast=run.autocast, judge=judge, **sampling)
 
     def report(ref_model) -> dict:
         """The end table of the policy as it is now; ref_model None: it still is the reference."""
@@ -438,14 +435,13 @@ def main(args: Args) -> None:
     columns = {"before": before, "after": report(ref_model)}
     # [method]
     # Best of n: the head picks among answers of the trained and of the untouched LM.
-    def rewards_of(batch: dict) -> torch.Tensor:
-        return scores_of(batch)[1]
-
     candidates = []
     for column, sampled_from in (("after_best_of_n", model), ("reference_best_of_n", ref_model)):
         columns[column] = {}
         for name in before:
-            picked = samples_of(sampled_from, ref_model, splits[name], best_of=(args.n, rewards_of))
+            picked = samples_of(
+                sampled_from, ref_model, splits[name], best_of=(args.n, lambda batch: scores_of(batch)[1])
+            )
             lines = picked.pop("candidates", [])
             candidates += [{"column": column, "split": name, **line} for line in lines]
             columns[column][name] = picked

@@ -149,6 +149,13 @@ def add_partition(model, saved: dict[str, torch.Tensor]):
     return model
 
 
+@torch.no_grad()
+def standardise(head, states: torch.Tensor) -> None:
+    """The head reads states so that those of the training rows have mean 0, deviation 1."""
+    head.centre.copy_(states.mean(0))
+    head.spread.copy_(states.std(0, correction=0).clamp_min(1e-6))
+
+
 def prompt_states(model, batch: dict) -> torch.Tensor:
     """Hidden state after the final norm at the end of each row's prompt, [batch, hidden]."""
     lengths = batch["completion_tokens"]
@@ -331,10 +338,8 @@ def main(args: Args) -> None:
     tokenizer = models.load_tokenizer(ref_folder)
     model = models.load_model(run.checkpoint or ref_folder, run.device, tokenizer)
     if args.learn_partition:
-        saved = {}
-        for name in ("weight", "bias", "centre", "spread"):
-            saved |= models.load_weights(run.checkpoint or ref_folder, f"partition.{name}")
-        add_partition(model, saved)
+        names = [f"partition.{name}" for name in ("weight", "bias", "centre", "spread")]
+        add_partition(model, models.load_weights(run.checkpoint or ref_folder, *names))
     run.prepare(model.train())
     logps_of = models.bind_forward(model, completion_logps)
 
@@ -342,8 +347,9 @@ def main(args: Args) -> None:
     max_length = models.length_limit(args.max_length, model)
     rows_from = (args.data, args.eval_data, args.holdout, args.seed)
     label_options = {"labels": args.labels, "label_scale": args.label_scale, "from_pairs": args.from_pairs}
-    label_options["unlabelled"] = not LABEL_NEEDED
-    splits, data_sha256, label_kind = load_labelled(*rows_from, tokenizer, max_length, **label_options)
+    splits, data_sha256, label_kind = load_labelled(
+        *rows_from, tokenizer, max_length, unlabelled=not LABEL_NEEDED, **label_options
+    )
     plan = batches.plan_batches(splits["train"], args.batch_size, args.epochs, args.max_steps, args.seed)
     splits["train"], plan = batches.planned_rows(splits["train"], plan)
     pad_id = tokenizer.pad_token_id
@@ -366,19 +372,12 @@ def main(args: Args) -> None:
         for name, rows in splits.items():
             for row, state in zip(rows, states[name], strict=True):
                 row["prompt_states"] = state.squeeze(0)  # [hidden]
-        model.partition.centre.copy_(states["train"].mean((0, 1)))
-        model.partition.spread.copy_(states["train"].squeeze(1).std(0, correction=0).clamp_min(1e-6))
+        standardise(model.partition, states["train"].squeeze(1))
     log_z_of = partial(models.bind_forward(model, log_partition), beta_log_z=args.beta_log_z)
 
-    samples_of = partial(
-        evaluate.evaluate_samples,
-        tokenizer=tokenizer,
-        count=args.kl_samples,
-        max_new_tokens=args.max_new_tokens,
-        seed=args.seed,
-        autocast=run.autocast,
-        judge=judge_of(args.data, ref_folder, tokenizer, args.seed),
-    )
+    sampling = {"count": args.kl_samples, "max_new_tokens": args.max_new_tokens, "seed": args.seed}
+    judge = judge_of(args.data, ref_folder, tokenizer, args.seed)
+    samples_of = partial(evaluate.evaluate_samples, tokenizer=tokenizer, autocast=run.autocast, judge=judge, **sampling)
 
     def report(ref_model) -> dict:
         """The end table of the policy as it is now; ref_model None: it still is the reference."""
@@ -389,12 +388,15 @@ def main(args: Args) -> None:
             logps = predict_logps(rows)  # [rows, 1]
             rewards = args.beta * (logps - rows.columns("ref_logps")) + run.predict(log_z_of, batch_of, rows)
             labels = rows.columns("labels").squeeze(-1)
-            areas = {"logps_auc": metrics.auc(logps[:, 0], labels), "reward_auc": metrics.auc(rewards[:, 0], labels)}
-            table[name] = areas | samples_of(model, ref_model, rows)
+            table[name] = {
+                "logps_auc": metrics.auc(logps[:, 0], labels),
+                "reward_auc": metrics.auc(rewards[:, 0], labels),
+            }
+            table[name] |= samples_of(model, ref_model, rows)
         return table
 
     before = run.cached_json("before", lambda: report(None))
-    heads = list(model.partition.parameters()) if args.learn_partition else []
+    heads = [*model.partition.parameters()] if args.learn_partition else []
     policy = [p for p in model.parameters() if not any(p is head for head in heads)]
     groups = [{"params": policy, "lr_scale": 1.0}]
     if heads:

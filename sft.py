@@ -224,15 +224,9 @@ def main(args: Args) -> None:
 
     compute = models.bind_forward(model, compute_loss)
 
-    samples_of = partial(
-        evaluate.evaluate_samples,
-        tokenizer=tokenizer,
-        count=args.kl_samples,
-        max_new_tokens=args.max_new_tokens,
-        seed=args.seed,
-        autocast=run.autocast,
-        judge=judge_of(args.data, ref_folder, tokenizer, args.seed),
-    )
+    sampling = {"count": args.kl_samples, "max_new_tokens": args.max_new_tokens, "seed": args.seed}
+    judge = judge_of(args.data, ref_folder, tokenizer, args.seed)
+    samples_of = partial(evaluate.evaluate_samples, tokenizer=tokenizer, autocast=run.autocast, judge=judge, **sampling)
 
     def report(ref_model) -> dict:
         """The end table of the policy as it is now; ref_model None: it is what it began as."""

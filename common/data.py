@@ -171,24 +171,6 @@ def load_pairs(data: str, eval_data: str | None, holdout: float, seed: int, toke
     return splits, digest
 
 
-def half_of(rows: Rows, which: str) -> Rows:
-    """The rows of one half of the prompts, "first" or "second", or "all".
-
-    A hash decides for each prompt alone, whatever else is in the rows: two runs on different halves
-    share no prompt, even where their seeds hold out different ones. A half has about half of the
-    prompts."""
-    if which == "all":
-        return rows
-    kept = []
-    for i, row in enumerate(rows):
-        prompt, answer = row["texts"][:2]
-        is_first = hashlib.sha256(json.dumps(prompt or answer).encode()).digest()[0] < 128
-        kept += [i] if is_first == (which == "first") else []
-    if not kept:
-        raise InputError(f"--half {which}: the {len(rows):,} training rows leave nothing in that half.")
-    return rows.subset(kept)
-
-
 def sha256_of(value: object) -> str:
     """Hash of a JSON value, the same for the same rows however the file is laid out."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

@@ -93,13 +93,13 @@ def fuse_gelu(model: torch.nn.Module) -> None:
                 setattr(module, name, torch.nn.GELU(approximate="tanh"))
 
 
-def load_weights(folder: str | Path, name: str) -> dict[str, torch.Tensor]:
-    """The weight called `name` of a model folder as {name: tensor}, or {} where it has none."""
+def load_weights(folder: str | Path, *names: str) -> dict[str, torch.Tensor]:
+    """Those of the named weights that the safetensors of a model folder have, by name."""
+    weights = {}
     for path in sorted(Path(folder).glob("model*.safetensors")):
         with safetensors.safe_open(path, "pt") as file:
-            if name in set(file.keys()):
-                return {name: file.get_tensor(name)}
-    return {}
+            weights |= {name: file.get_tensor(name) for name in names if name in set(file.keys())}
+    return weights
 
 
 def disable_dropout(model: torch.nn.Module) -> None:

@@ -176,7 +176,7 @@ def describe_labels(values: list[float], kind: str, labels: str, say) -> None:
     reason = "as --labels says" if labels != "auto" else "as the data shows"
     share = sum(value == 1 for value in values) / len(values)
     if kind == "binary":
-        say(f"Labels: binary, {reason}; {share:.1%} of the training rows are positive (1), the others negative (0).")
+        say(f"Labels: binary, {reason}; in training {share:.1%} are positive (1), {1 - share:.1%} negative (0).")
         return
     mean, spread = statistics.fmean(values), statistics.pstdev(values)
     spread = f"mean {mean:.3g}, standard deviation {spread:.3g}"

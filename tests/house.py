@@ -1,8 +1,9 @@
-"""Keeps the house in order: `python -m tests.house` prints what it finds as "file:line: sentence" and exits 1; with --fix it first copies the
-trunk of each family's first script to the others.
+"""Keeps the house in order: `python -m tests.house` prints what it finds as "file:line: sentence"
+and exits 1; with --fix it first copies the trunk of each family's first script to the others.
 
-A script is read as a trunk and parts of its own: its docstring and the regions between `# [method]` and `# [/method]`. Within a family the
-trunks are the same line by line, marks included, so a diff of two scripts shows the method and nothing else. A region may be empty.
+A script is read as a trunk and parts of its own: its docstring and the regions between `# [method]`
+and `# [/method]`. Within a family the trunks are the same line by line, marks included, so a diff
+of two scripts shows the method and nothing else. A region may be empty.
 """
 
 import ast
@@ -14,22 +15,62 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Scripts that share a trunk; the first that exists is the one to change. The other scripts stand alone.
+# Scripts that share a trunk; the first that exists is the one to change. The other scripts stand
+# alone.
 FAMILIES = {
     "pairs": ["dpo", "cdpo", "typo", "dph"],
     "labelled answers": ["pointwise_dpo", "ulma"],
-    "scored corpus": ["mle_pretrain", "filtered_pretrain", "conditional_pretrain", "unlikelihood_pretrain", "rwr_pretrain", "awr_pretrain"],
+    "scored corpus": [
+        "mle_pretrain",
+        "filtered_pretrain",
+        "conditional_pretrain",
+        "unlikelihood_pretrain",
+        "rwr_pretrain",
+        "awr_pretrain",
+    ],
 }
 OPEN, CLOSE = "# [method]", "# [/method]"
-DIFFERENT_EVERYWHERE = {"Args", "main", "compute_loss"}  # names that every script has with another content
-FOLDERS = ("common", "tests", "docs", "experiments", "benchmarks", ".ci")  # a path that a document names in one of these must exist
-PROGRAMS = set("pip pip3 uv git torchrun accelerate venv pytest ruff curl hf docker conda".split())  # their flags are not ours
+DIFFERENT_EVERYWHERE = {"Args", "main", "compute_loss", "LOSSES"}  # names that every script has with another content
+PACKAGES = ("common", "toy", "rewards", "labelled", "pretraining")  # imported by scripts inside main only
+FOLDERS = (
+    *PACKAGES,
+    "tests",
+    "docs",
+    "experiments",
+    "benchmarks",
+    ".ci",
+)  # a path that a document names there must exist
+
+# Imports run one way: a module may import those of the layers below its own, function-level imports
+# included.
+LAYERS = [
+    ["common", "common.batches", "common.processes", "common.metrics"],
+    ["common.hub", "common.generate", "common.fields", "common.oracle"],
+    ["common.files", "toy", "toy.world"],
+    ["toy.base", "toy.documents"],
+    ["common.models", "common.data"],
+    ["common.checkpoints", "common.summary"],
+    ["common.run", "common.evaluate", "labelled", "labelled.rows", "rewards", "rewards.metrics", "rewards.models"],
+    ["rewards.prompts", "pretraining", "pretraining.flops", "pretraining.scorers"],
+    ["pretraining.corpus"],
+    ["pretraining.evaluate", "pretraining.baseline"],
+]
+COMMON_LINES, FILE_LINES = 2200, 500  # common/ in all, and any file of a package
+FUNCTION_LINES, MAIN_LINES = 45, 75  # of code: without docstring, comments and blank lines
+SCRIPT_LINES = 345  # scripts that hold more than one loss, a head or a second model have a limit of their own
+LONGER = {"dph": 465, "pointwise_dpo": 435, "ulma": 435, "typo": 375, "ppo": 500, "superhf": 435}
+LONGER_MAIN = {"ppo": 90, "dph": 95, "pointwise_dpo": 92, "ulma": 92}
+PROGRAMS = set(
+    "pip pip3 uv git torchrun accelerate venv pytest ruff curl hf docker conda".split()
+)  # their flags are not ours
 RUN_FILES = {"script.py"}  # found in run folders, not here
 
 
 @dataclass
 class Source:
-    """A Python file; `trunk` holds the stretches between its own parts as (line number, line), `own` those parts: docstring, regions."""
+    """A Python file; `trunk` holds the stretches between its own parts as (line number, line),
+    `own` those parts: docstring, regions.
+    """
 
     path: Path
     tree: ast.Module
@@ -42,7 +83,7 @@ class Source:
 
 
 def read(path: Path) -> Source:
-    """Parses a script. Raises SyntaxError for what is not Python and for marks that do not pair up."""
+    """Parses a script; SyntaxError for what is not Python and for marks that do not pair up."""
     lines = path.read_text(encoding="utf-8").splitlines()
     tree = ast.parse("\n".join(lines))
     has_docstring = ast.get_docstring(tree) is not None
@@ -51,7 +92,9 @@ def read(path: Path) -> Source:
     for number, line in enumerate(lines, 1):
         mark = line.strip() if number not in docstring else ""
         if mark == (OPEN if opened else CLOSE):
-            raise SyntaxError("a method region begins inside another, or ends without a beginning", (path.name, number, 0, line))
+            raise SyntaxError(
+                "a method region begins inside another, or ends without a beginning", (path.name, number, 0, line)
+            )
         if mark == CLOSE:
             opened = 0
             trunk.append([])
@@ -69,7 +112,7 @@ def read(path: Path) -> Source:
     return Source(path, tree, trunk, own)
 
 
-# --------------------------------------------------------------------------------------------------------------- families
+# -- families
 
 
 def families(sources: list[Source]) -> list[list[Source]]:
@@ -80,27 +123,37 @@ def families(sources: list[Source]) -> list[list[Source]]:
 
 
 def regions_differ(first: Source, other: Source) -> list[str]:
-    """One finding where two scripts cannot be compared, because they do not have the same number of method regions."""
+    """One finding where two scripts cannot be compared, because they do not have the same number of
+    method regions.
+    """
     if len(first.own) == len(other.own):
         return []
-    return [f"{other.name}:1: {len(other.own) - 1} method regions, but {first.name} has {len(first.own) - 1}; an empty region is allowed."]
+    counts = f"{len(other.own) - 1} method regions, but {first.name} has {len(first.own) - 1}"
+    return [f"{other.name}:1: {counts}; an empty region is allowed."]
 
 
 def check_trunk(first: Source, other: Source) -> list[str]:
     """Lines of `other`, outside of its own parts, that are not the trunk's."""
     found = []
     for expected, seen in zip(first.trunk, other.trunk):
-        for kind, a, _, c, d in SequenceMatcher(None, [x for _, x in expected], [x for _, x in seen], autojunk=False).get_opcodes():
+        for kind, a, _, c, d in SequenceMatcher(
+            None, [x for _, x in expected], [x for _, x in seen], autojunk=False
+        ).get_opcodes():
             if kind == "insert":
-                found.append(f"{other.name}:{seen[c][0]}: {d - c} lines that the trunk in {first.name} does not have: {seen[c][1].strip()!r}")
+                what = f"{d - c} lines that the trunk in {first.name} does not have: {seen[c][1].strip()!r}"
+                found.append(f"{other.name}:{seen[c][0]}: {what}")
             elif kind != "equal":
                 line = (seen[c] if c < len(seen) else seen[-1] if seen else (1, ""))[0]
-                found.append(f"{other.name}:{line}: differs from the trunk, {first.name}:{expected[a][0]}: {expected[a][1].strip()!r}")
+                trunk = f"{first.name}:{expected[a][0]}: {expected[a][1].strip()!r}"
+                found.append(f"{other.name}:{line}: differs from the trunk, {trunk}")
     return found
 
 
 def fix(root: Path) -> list[str]:
-    """Copies each family's trunk to its other scripts, which keep their docstring and regions. Returns what could not be done."""
+    """Copies each family's trunk to its other scripts, which keep their docstring and regions.
+
+    Returns what could not be done.
+    """
     sources, refused = read_all(root)
     for first, *others in families(sources):
         for other in others:
@@ -121,7 +174,7 @@ def check_method_names(first: Source, names: list[str]) -> list[str]:
     return [f"{first.name}:{n}: the trunk names a method, {hit[0]}." for n, hit in hits]
 
 
-# ------------------------------------------------------------------------------------------------------------- every script
+# -- every script
 
 
 def check_same_names(sources: list[Source]) -> list[str]:
@@ -139,13 +192,25 @@ def check_same_names(sources: list[Source]) -> list[str]:
 def fields_of(tree: ast.Module) -> list[tuple[ast.AnnAssign, ast.stmt | None]]:
     """The fields of the module's Args, each with the statement that follows it."""
     bodies = [node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args"]
-    return [(field, below) for body in bodies for field, below in zip(body, [*body[1:], None]) if isinstance(field, ast.AnnAssign)]
+    return [
+        (field, below)
+        for body in bodies
+        for field, below in zip(body, [*body[1:], None])
+        if isinstance(field, ast.AnnAssign)
+    ]
 
 
 def fields_read(tree: ast.Module) -> set[str]:
-    """Every x that stands as args.x or something.args.x and is not assigned to. A range check through a shorter name does not count as use."""
+    """Every x that stands as args.x or something.args.x and is not assigned to.
+
+    A range check through a shorter name does not count as use.
+    """
     reads = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)]
-    return {node.attr for node in reads if "args" in (getattr(node.value, "id", None), getattr(node.value, "attr", None))}
+    return {
+        node.attr
+        for node in reads
+        if {"args", "_args"} & {getattr(node.value, "id", None), getattr(node.value, "attr", None)}
+    }
 
 
 def check_args(name: str, tree: ast.Module, read_in_common: set[str]) -> list[str]:
@@ -155,7 +220,9 @@ def check_args(name: str, tree: ast.Module, read_in_common: set[str]) -> list[st
         where = f"{name}:{field.lineno}: the field {field.target.id} of Args"
         if field.target.id not in read_here | read_in_common:
             found.append(f"{where} is read nowhere.")
-        if not (isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) and isinstance(below.value.value, str)):
+        if not (
+            isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) and isinstance(below.value.value, str)
+        ):
             found.append(f"{where} has no sentence under it.")
     return found
 
@@ -164,38 +231,163 @@ def imports_of(tree: ast.AST) -> list[tuple[int, str]]:
     """(line, first name of the module) of every import under a node."""
     found = []
     for node in ast.walk(tree):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
+        names = (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
         found += [(node.lineno, (name or "").split(".")[0]) for name in names]
     return found
 
 
 def check_imports(source: Source, stems: set[str]) -> list[str]:
-    """A script alone in a folder still imports: `common` and `datasets` are imported in main only, other scripts never."""
+    """A script alone in a folder still imports: our packages and `datasets` are imported in main
+    only, scripts never.
+    """
     in_main = {hit for node in source.tree.body if getattr(node, "name", "") == "main" for hit in imports_of(node)}
     found = []
     for line, module in imports_of(source.tree):
         if module in stems:
             found.append(f"{source.name}:{line}: a script imports the script {module}.")
-        elif module in {"common", "datasets"} and (line, module) not in in_main:
-            found.append(f"{source.name}:{line}: {module} is imported outside of main, so the file alone cannot be imported.")
+        elif module in {*PACKAGES, "datasets"} and (line, module) not in in_main:
+            found.append(
+                f"{source.name}:{line}: {module} is imported outside of main, so the file alone cannot be imported."
+            )
     return found
 
 
-# -------------------------------------------------------------------------------------------------------------- documents
+# -- layers and lengths
+
+
+def modules_of(root: Path) -> dict[str, tuple[Path, ast.Module]]:
+    """The modules of our packages by dotted name."""
+    found = {}
+    for path in sorted(path for package in PACKAGES for path in root.glob(f"{package}/*.py")):
+        name = path.relative_to(root).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
+        found[name] = (path, ast.parse(path.read_text(encoding="utf-8")))
+    return found
+
+
+def imported_modules(tree: ast.Module, modules: dict) -> list[tuple[int, str]]:
+    """(line, module) of every import of one of our modules, wherever it stands."""
+    found = []
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name for name in inner if name in modules] or [node.module]
+            # `from common import InputError, batches` takes from the package and from its module
+            names += [node.module] if any(name not in modules for name in inner) else []
+        found += [(node.lineno, name) for name in dict.fromkeys(names) if name in modules]
+    return found
+
+
+def check_layers(root: Path, modules: dict) -> list[str]:
+    """Every module has a layer, and imports from lower ones only."""
+    layer = {name: i for i, names in enumerate(LAYERS) for name in names}
+    found = []
+    for name, (path, tree) in modules.items():
+        where = path.relative_to(root).as_posix()
+        if name not in layer:
+            found.append(f"{where}:1: {name} has no layer; tests/house.py lists them.")
+            continue
+        for line, other in imported_modules(tree, modules):
+            if other != name and layer.get(other, -1) >= layer[name]:
+                found.append(f"{where}:{line}: {name} imports {other}, which is not in a layer below its own.")
+    return found
+
+
+def length_of(function: ast.FunctionDef, lines: list[str]) -> int:
+    """Lines of code of a function: without its docstring, blank lines and comments."""
+    first = function.body[0]
+    is_docstring = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+    begin = first.end_lineno if is_docstring else function.lineno
+    body = [line.strip() for line in lines[begin : function.end_lineno]]
+    return sum(1 for line in body if line and not line.startswith("#")) + 1
+
+
+def check_lengths(root: Path, sources: list[Source], modules: dict) -> list[str]:
+    """Scripts, files, packages and functions are as short as the limits above say."""
+    found, sizes = [], {path: len(path.read_text(encoding="utf-8").splitlines()) for path, _ in modules.values()}
+    files = [(source.path, source.tree) for source in sources] + list(modules.values())
+    for path, tree in files:
+        where, stem = path.relative_to(root).as_posix(), path.stem
+        is_script = path not in sizes
+        limit = LONGER.get(stem, SCRIPT_LINES) if is_script else FILE_LINES
+        lines = path.read_text(encoding="utf-8").splitlines()
+        if len(lines) > limit:
+            found.append(f"{where}:1: {len(lines)} lines; the limit is {limit}.")
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                is_main = is_script and node.name == "main"
+                limit = LONGER_MAIN.get(stem, MAIN_LINES) if is_main else FUNCTION_LINES
+                length = length_of(node, lines)
+                if length > limit:
+                    found.append(
+                        f"{where}:{node.lineno}: {node.name} has {length} lines of code; the limit is {limit}."
+                    )
+    total = sum(lines for path, lines in sizes.items() if path.parent.name == "common")
+    return found + ([f"common/: {total} lines in all; the limit is {COMMON_LINES}."] if total > COMMON_LINES else [])
+
+
+def check_names(source: Source, modules: dict) -> list[str]:
+    """What a script takes from one of our modules exists there: `models.load_model` is defined in
+    common/models.py.
+    """
+    found, aliases = [], {}
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in PACKAGES:
+            for alias in node.names:
+                if f"{node.module}.{alias.name}" in modules:
+                    aliases[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+                elif node.module in modules and alias.name not in defined_in(modules[node.module][1]):
+                    found.append(f"{source.name}:{node.lineno}: there is no {alias.name} in {node.module}.")
+    for node in ast.walk(source.tree):
+        module = aliases.get(getattr(getattr(node, "value", None), "id", ""))
+        if isinstance(node, ast.Attribute) and module and node.attr not in defined_in(modules[module][1]):
+            found.append(f"{source.name}:{node.lineno}: there is no {node.attr} in {module}.")
+    return found
+
+
+def defined_in(tree: ast.Module) -> set[str]:
+    """Names that a module binds at its top."""
+    names = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    for node in tree.body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names |= {alias.asname or alias.name for alias in node.names}
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
+        names |= {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+    return names
+
+
+# -- documents
 
 
 def flags_of(tree: ast.Module, tool: bool = False) -> set[str]:
-    """The flags of a program: those of its Args, and in a tool without one the strings that look like flags."""
+    """The flags of a program: those of its Args, and in a tool without one the strings that look
+    like flags.
+    """
     found = {"--help"}
     for field, _ in fields_of(tree):
         flag = field.target.id.replace("_", "-")
         found |= {f"--{flag}", f"--no-{flag}"} if ast.unparse(field.annotation) == "bool" else {f"--{flag}"}
-    strings = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)] if tool else []
+    strings = (
+        [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+        if tool
+        else []
+    )
     return found | {text for text in strings if re.fullmatch(r"--[a-z][a-z0-9-]*", text)}
 
 
 def check_document(root: Path, path: Path, text: str, programs: dict[str, set[str]]) -> list[str]:
-    """Flags and paths that a document names exist. After the name of a script or tool its own flags are meant, else those of any."""
+    """Flags and paths that a document names exist.
+
+    After the name of a script or tool its own flags are meant, else those of any.
+    """
     found, known, name = [], set().union(*programs.values()), path.relative_to(root)
     owner, goes_on = known, False
     for number, line in enumerate(text.splitlines(), 1):
@@ -207,21 +399,33 @@ def check_document(root: Path, path: Path, text: str, programs: dict[str, set[st
                 owner = known
             elif re.match(r"--[a-z]", word):
                 if owner is not None and word.split("=")[0] not in owner:
-                    found.append(f"{name}:{number}: there is no flag {word.split('=')[0]}" + ("." if owner is known else " of that program."))
+                    found.append(
+                        f"{name}:{number}: there is no flag {word.split('=')[0]}"
+                        + ("." if owner is known else " of that program.")
+                    )
             elif word.rsplit("/")[-1] in PROGRAMS:
                 owner = None
             else:
                 module = re.match(r"(common|tests|benchmarks|experiments)\.(\w+)", word)
                 file = f"{module[1]}/{module[2]}.py" if module else word
-                inside = file.split("/")[0] in (*FOLDERS, "..") and "/" in file
-                at_top = re.fullmatch(r"[\w-]+\.(py|md|toml|cff)|requirements[\w-]*\.txt|LICENSE", file) and file not in RUN_FILES
-                if (inside or at_top) and not any(any(folder.glob(file)) if "*" in file else (folder / file).exists() for folder in (root, path.parent)):
+                folder_named = file.split("/")[0]
+                # Metrics are called rewards/chosen, data labelled/x: here only code is meant.
+                is_metric = folder_named in {"rewards", "labelled"} and not file.endswith((".py", "/"))
+                inside = "/" in file and folder_named in (*FOLDERS, "..") and not is_metric
+                at_top = (
+                    re.fullmatch(r"[\w-]+\.(py|md|toml|cff)|requirements[\w-]*\.txt|LICENSE", file)
+                    and file not in RUN_FILES
+                )
+                if (inside or at_top) and not any(
+                    any(folder.glob(file)) if "*" in file else (folder / file).exists()
+                    for folder in (root, path.parent)
+                ):
                     found.append(f"{name}:{number}: there is no {word}.")
                 owner = programs.get(file, owner)
     return found
 
 
-# ------------------------------------------------------------------------------------------------------------------- all
+# -- all
 
 
 def read_all(root: Path) -> tuple[list[Source], list[str]]:
@@ -238,27 +442,40 @@ def read_all(root: Path) -> tuple[list[Source], list[str]]:
 def check(root: Path) -> list[str]:
     """All findings in a repository, as "file:line: sentence"."""
     sources, found = read_all(root)
-    common = {path.relative_to(root).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in sorted(root.glob("common/*.py"))}
+    modules = modules_of(root)
     stems = {source.path.stem for source in sources} | {stem for names in FAMILIES.values() for stem in names}
     # What the command line of common.evaluate reads, it reads from Args of its own.
-    read_in_common = {x for tree in common.values() for node in tree.body if getattr(node, "name", "") != "main" for x in fields_read(node)}
+    nodes = [node for _, tree in modules.values() for node in tree.body if getattr(node, "name", "") != "main"]
+    read_in_packages = {name for node in nodes for name in fields_read(node)}
     for first, *others in families(sources):
-        found += check_method_names(first, next(names for names in FAMILIES.values() if first.path.stem in names))
+        family = next(names for names in FAMILIES.values() if first.path.stem in names)
+        found += check_method_names(first, family)
         found += [line for other in others for line in regions_differ(first, other) or check_trunk(first, other)]
-    found += check_same_names(sources)
-    programs, documents = {}, {path: path.read_text(encoding="utf-8") for path in [*root.glob("README.md"), *sorted(root.glob("docs/**/*.md"))]}
+    found += check_same_names(sources) + check_layers(root, modules) + check_lengths(root, sources, modules)
+    programs: dict[str, set[str]] = {}
+    documents = {
+        path: path.read_text(encoding="utf-8") for path in [*root.glob("*.md"), *sorted(root.glob("docs/**/*.md"))]
+    }
     for source in sources:
-        found += check_args(source.name, source.tree, read_in_common) + check_imports(source, stems)
+        found += check_args(source.name, source.tree, read_in_packages) + check_imports(source, stems)
+        found += check_names(source, modules)
         found += [] if ast.get_docstring(source.tree) else [f"{source.name}:1: no docstring, so no --help either."]
         programs[source.name] = flags_of(source.tree)
         documents[source.path] = "\n".join(source.own[0])
-    for name, tree in common.items():
+    for path, tree in modules.values():
+        name = path.relative_to(root).as_posix()
         found += check_args(name, tree, set())
-        found += [f"{name}:{line}: common imports the script {module}." for line, module in imports_of(tree) if module in stems]
+        found += [
+            f"{name}:{line}: a package imports the script {module}."
+            for line, module in imports_of(tree)
+            if module in stems
+        ]
         programs[name] = flags_of(tree)
     for path in (path for folder in ("experiments", "benchmarks", "tests") for path in root.glob(f"{folder}/*.py")):
         if not path.name.startswith("test_"):
-            programs[path.relative_to(root).as_posix()] = flags_of(ast.parse(path.read_text(encoding="utf-8")), tool=True)
+            programs[path.relative_to(root).as_posix()] = flags_of(
+                ast.parse(path.read_text(encoding="utf-8")), tool=True
+            )
     return found + [line for path, text in documents.items() for line in check_document(root, path, text, programs)]
 
 

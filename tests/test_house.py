@@ -1,4 +1,6 @@
-"""The checking tool: silent on this repository, and on a copy that is broken on purpose it names file and line."""
+"""The checking tool: silent on this repository, and on a copy that is broken on purpose it names
+file and line.
+"""
 
 import shutil
 import subprocess
@@ -20,11 +22,14 @@ def changed(path: Path, old: str, new: str) -> int:
 
 @pytest.fixture
 def copy(tmp_path) -> Path:
-    """A repository with dpo.py, common/, the tool, and a throw-away sibling whose docstring and regions are its own."""
+    """A repository with dpo.py, common/, the tool, and a throw-away sibling whose docstring and
+    regions are its own.
+    """
     root = tmp_path / "copy"
     root.mkdir()
     shutil.copyfile(house.ROOT / "dpo.py", root / "dpo.py")
-    shutil.copytree(house.ROOT / "common", root / "common", ignore=shutil.ignore_patterns("__pycache__"))
+    for package in ("common", "toy"):
+        shutil.copytree(house.ROOT / package, root / package, ignore=shutil.ignore_patterns("__pycache__"))
     (root / "tests").mkdir()
     shutil.copyfile(house.ROOT / "tests" / "house.py", root / "tests" / "house.py")
     shutil.copyfile(root / "dpo.py", root / "cdpo.py")
@@ -32,13 +37,17 @@ def copy(tmp_path) -> Path:
     path = root / "cdpo.py"
     path.write_text(path.read_text(encoding="utf-8").replace("dpo_loss(", "throw_away_loss("), encoding="utf-8")
     changed(root / "cdpo.py", "-F.logsigmoid(", "-0.9 * F.logsigmoid(")
-    changed(root / "cdpo.py", "    beta: float = 0.3", '    beta: float = 0.3\n    """One more."""\n    eps: float = 0.1')
-    changed(root / "cdpo.py", "args.beta)", "args.beta - args.eps)")
+    changed(
+        root / "cdpo.py", "    beta: float = 0.3", '    beta: float = 0.3\n    """One more."""\n    eps: float = 0.1'
+    )
+    changed(root / "cdpo.py", "beta=args.beta)", "beta=args.beta - args.eps)")
     return root
 
 
 def run_tool(root: Path, *flags: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "tests.house", *flags], cwd=root, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, "-m", "tests.house", *flags], cwd=root, capture_output=True, text=True, timeout=60
+    )
 
 
 def test_this_repository_is_in_order():
@@ -53,7 +62,7 @@ def test_a_sibling_whose_regions_differ_is_in_order(copy):
     assert (copy / "cdpo.py").read_text() == before
 
 
-TRUNK_LINE = "        run.log([splits["
+TRUNK_LINE = "        run.end_step(len(rows_of_step)"
 
 
 @pytest.mark.parametrize("kind", ["changed", "dropped", "added", "first line", "last line", "indentation of a mark"])
@@ -61,17 +70,17 @@ def test_a_trunk_line_is_found_and_fixed(copy, kind):
     path = copy / "cdpo.py"
     before = path.read_text()
     if kind == "changed":
-        line = changed(path, TRUNK_LINE, TRUNK_LINE.replace("splits", "split"))
+        line = changed(path, TRUNK_LINE, TRUNK_LINE.replace("rows_of_step", "rows"))
     elif kind == "dropped":
         line = changed(path, next(x for x in before.splitlines(True) if x.startswith(TRUNK_LINE)), "")
     elif kind == "added":
-        line = changed(path, TRUNK_LINE, "        lr = 2 * lr\n" + TRUNK_LINE)
+        line = changed(path, TRUNK_LINE, "        loss = 2 * loss\n" + TRUNK_LINE)
     elif kind == "first line":
         line = changed(path, "from dataclasses import dataclass\n", "import dataclasses\n")
     elif kind == "last line":
         line = changed(path, "main(tyro.cli(Args, description=__doc__))", "main(Args())")
     else:
-        line = changed(path, "        # [/method]\n", "    # [/method]\n")
+        line = changed(path, "    # [/method]\n", "        # [/method]\n")
     found = house.check(copy)
     assert len(found) == 1
     assert found[0].startswith(f"cdpo.py:{line}: ")
@@ -96,7 +105,7 @@ def test_fix_refuses_another_number_of_regions(copy, kind):
     if kind == "one region more":
         changed(path, TRUNK_LINE, "        # [method]\n        # [/method]\n" + TRUNK_LINE)
     else:
-        changed(path, "        # [method]\n        optimizer.step()\n        # [/method]\n", "        optimizer.step()\n")
+        changed(path, "    # [method]\n    # [/method]\n", "")
     before = path.read_text()
     done = run_tool(copy, "--fix")
     assert done.returncode == 1
@@ -124,33 +133,93 @@ def test_marks_pair_up(copy, kind):
 
 
 BREAKS = {
+    "an import from above": (
+        "common/batches.py",
+        "import torch\n",
+        "import torch\n\nfrom common import run\n",
+        "common/batches.py:{third}: common.batches imports common.run, which is not in a layer below its own.",
+    ),
+    "a circle inside a function": (
+        "toy/world.py",
+        "    names = {",
+        "    from toy.base import base_model\n\n    names = {",
+        "toy/world.py:{line}: toy.world imports toy.base, which is not in a layer below its own.",
+    ),
+    "a name that common does not have": (
+        "dpo.py",
+        "models.bind_forward(",
+        "models.bind(",
+        "dpo.py:{line}: there is no bind in common.models.",
+    ),
+    "a long function": (
+        "common/batches.py",
+        "    if not rows:\n",
+        "    rows = list(rows)\n" * 45 + "    if not rows:\n",
+        "common/batches.py:{plan}: plan_batches has",
+    ),
+    "a long script": ("dpo.py", "CHUNK, BLOCK", "_ = 0\n" * 345 + "CHUNK, BLOCK", "dpo.py:1: "),
     "a field that nothing reads": (
         "dpo.py",
-        "    beta: float",
-        '    unread: float = 0.0\n    """Does nothing."""\n    beta: float',
+        "    beta: float = 0.3",
+        '    unread: float = 0.0\n    """Does nothing."""\n    beta: float = 0.3',
         "the field unread of Args is read",
     ),
-    "a field that only its range check reads": ("common/runtime.py", "self.args.warmup", "0.1", "dpo.py:{warmup}: the field warmup of Args is read nowhere"),
-    "a field without a sentence": ("dpo.py", "    beta: float", "    eps: float = 0.1\n    beta: float", "the field eps of Args has no sentence"),
-    "a method's name in the trunk": ("dpo.py", TRUNK_LINE, "        # not so in cDPO\n" + TRUNK_LINE, "dpo.py:{line}: the trunk names a method, cDPO"),
-    "a method's name in a name of the trunk": ("dpo.py", TRUNK_LINE, "        dpo_lr = lr\n" + TRUNK_LINE, "dpo.py:{line}: the trunk names a method, dpo"),
+    "a field that only its range check reads": (
+        "common/run.py",
+        "self._args.warmup",
+        "0.1",
+        "dpo.py:{warmup}: the field warmup of Args is read nowhere",
+    ),
+    "a field without a sentence": (
+        "dpo.py",
+        "    beta: float = 0.3",
+        "    eps: float = 0.1\n    beta: float = 0.3",
+        "the field eps of Args has no sentence",
+    ),
+    "a method's name in the trunk": (
+        "dpo.py",
+        TRUNK_LINE,
+        "        # not so in cDPO\n" + TRUNK_LINE,
+        "dpo.py:{line}: the trunk names a method, cDPO",
+    ),
+    "a method's name in a name of the trunk": (
+        "dpo.py",
+        TRUNK_LINE,
+        "        dpo_lr = lr\n" + TRUNK_LINE,
+        "dpo.py:{line}: the trunk names a method, dpo",
+    ),
     "a renamed helper": ("cdpo.py", "def pair_metrics(", "def metrics_of(", "cdpo.py:{line}: differs from the trunk"),
-    "common at the top": ("dpo.py", "import torch\n", "from common import data\nimport torch\n", "dpo.py:{line}: common is imported outside of main"),
+    "common at the top": (
+        "dpo.py",
+        "import torch\n",
+        "from common import data\nimport torch\n",
+        "dpo.py:{line}: common is imported outside of main",
+    ),
     "datasets in a function": (
         "dpo.py",
         "    return TokenLogps.apply(head(hidden), targets)",
         "    import datasets\n    return TokenLogps.apply(head(hidden), targets)",
         "datasets is imported outside of main",
     ),
-    "a script imports a script": ("dpo.py", "import torch\n", "import cdpo\nimport torch\n", "dpo.py:{line}: a script imports the script cdpo"),
+    "a script imports a script": (
+        "dpo.py",
+        "import torch\n",
+        "import cdpo\nimport torch\n",
+        "dpo.py:{line}: a script imports the script cdpo",
+    ),
     "common imports a script": (
         "common/data.py",
-        "import torch\n",
-        "import torch\nfrom dpo import dpo_loss\n",
-        "common/data.py:{next}: common imports the script dpo",
+        "import random\n",
+        "import random\nfrom dpo import dpo_loss\n",
+        "common/data.py:{next}: a package imports the script dpo",
     ),
     "no docstring": ("dpo.py", '"""DPO: ', '_ = """DPO: ', "dpo.py:1: no docstring"),
-    "a docstring's flag": ("dpo.py", "--lr 1e-5", "--learning-rate 1e-5", "dpo.py:{line}: there is no flag --learning-rate of that program"),
+    "a docstring's flag": (
+        "dpo.py",
+        "--lr 1e-5",
+        "--learning-rate 1e-5",
+        "dpo.py:{line}: there is no flag --learning-rate of that program",
+    ),
 }
 
 
@@ -162,15 +231,24 @@ def test_a_break_is_found(copy, kind):
     line = changed(copy / name, old, new)
     if kind == "a field that only its range check reads":
         (copy / name).write_text((copy / name).read_text().replace(old, new))
-    warmup = 1 + next(i for i, text in enumerate((copy / "dpo.py").read_text().splitlines()) if text.startswith("    warmup:"))
+    warmup = 1 + next(
+        i for i, text in enumerate((copy / "dpo.py").read_text().splitlines()) if text.startswith("    warmup:")
+    )
+    batches = (copy / "common" / "batches.py").read_text().splitlines()
+    plan = next(i for i, text in enumerate(batches, 1) if "def plan_batches" in text)
+    places = {"line": line, "next": line + 1, "third": line + 2, "warmup": warmup, "plan": plan}
     found = house.check(copy)
-    assert any(expected.format(line=line, next=line + 1, warmup=warmup) in text for text in found), found
+    assert any(expected.format(**places) in text for text in found), found
 
 
 def test_helpers_of_one_name_are_identical_across_families(copy):
     shutil.copyfile(copy / "dpo.py", copy / "sft.py")
     assert house.check(copy) == []
-    line = changed(copy / "sft.py", "def token_logps(head, hidden: torch.Tensor, targets: torch.Tensor)", "def token_logps(head, hidden, targets)")
+    line = changed(
+        copy / "sft.py",
+        "def token_logps(head, hidden: torch.Tensor, targets: torch.Tensor)",
+        "def token_logps(head, hidden, targets)",
+    )
     assert house.check(copy) == [f"sft.py:{line}: token_logps is not the token_logps of cdpo.py."]
     changed(copy / "cdpo.py", "throw_away_loss(", "dpo_loss(")
     assert any("dpo_loss is not the dpo_loss of cdpo.py" in text for text in house.check(copy))
@@ -183,10 +261,16 @@ def test_helpers_of_one_name_are_identical_across_families(copy):
         ("```\npython cdpo.py --eps 0.2 --no-share-prompt \\\n  --beta=0.1\n```", None),
         ("```\npython dpo.py --eps 0.2\n```", "there is no flag --eps of that program."),
         ("```\npython dpo.py --beta 0.2 \\\n    --eps 0.2\n```", "there is no flag --eps of that program."),
-        ("```\n.venv/bin/pip install --upgrade x && .venv/bin/python dpo.py --bta 1\n```", "there is no flag --bta of that program."),
+        (
+            "```\n.venv/bin/pip install --upgrade x && .venv/bin/python dpo.py --bta 1\n```",
+            "there is no flag --bta of that program.",
+        ),
         ("```\ntorchrun --nproc-per-node 2 dpo.py --seed 1\n```", None),
         ("```\ntorchrun --nproc-per-node 2 dpo.py --sed 1\n```", "there is no flag --sed of that program."),
-        ("`uv pip install --torch-backend cpu -r requirements.txt` or `--torch-backend`", "docs/page.md:3: there is no requirements.txt."),
+        (
+            "`uv pip install --torch-backend cpu -r requirements.txt` or `--torch-backend`",
+            "docs/page.md:3: there is no requirements.txt.",
+        ),
         ("python -m common.evaluate --output scores.jsonl", None),
         ("python -m common.evaluate --beta 1", "there is no flag --beta of that program."),
         ("python -m common.evaluation --model toy", "there is no common.evaluation."),

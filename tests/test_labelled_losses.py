@@ -1,4 +1,6 @@
-"""The losses of labelled answers: closed-form gradients for every kind of label, known values, shapes, extremes; and of demonstrations."""
+"""The losses of labelled answers: closed-form gradients for every kind of label, known values,
+shapes, extremes; and of demonstrations.
+"""
 
 import math
 
@@ -17,7 +19,9 @@ CONTINUOUS = [pointwise_dpo.continuous_pointwise_dpo_loss, ulma.continuous_ulma_
 def inputs(labels: list[float]):
     """(policy, ref, labels, beta_log_z), float64, every combination of signs among them."""
     generator = torch.Generator().manual_seed(len(labels))
-    policy, ref, c = (torch.randn(len(labels), generator=generator, dtype=torch.float64).mul(s) for s in (20.0, 20.0, 2.0))
+    policy, ref, c = (
+        torch.randn(len(labels), generator=generator, dtype=torch.float64).mul(s) for s in (20.0, 20.0, 2.0)
+    )
     return policy.requires_grad_(), ref, torch.tensor(labels, dtype=torch.float64), c.requires_grad_()
 
 
@@ -57,7 +61,9 @@ def test_values_where_the_policy_is_the_reference():
     at = torch.tensor([-5.0, -9.0])
     for loss in BINARY:
         torch.testing.assert_close(loss(at, at, torch.zeros(2), BETA), torch.full((2,), math.log(2)))
-    torch.testing.assert_close(pointwise_dpo.binary_pointwise_dpo_loss(at, at, torch.ones(2), BETA), torch.full((2,), math.log(2)))
+    torch.testing.assert_close(
+        pointwise_dpo.binary_pointwise_dpo_loss(at, at, torch.ones(2), BETA), torch.full((2,), math.log(2))
+    )
     torch.testing.assert_close(ulma.binary_ulma_loss(at, at, torch.ones(2), BETA), -at)
     for loss in CONTINUOUS:
         torch.testing.assert_close(loss(at, at, torch.tensor([0.5, -2.0]), BETA), torch.tensor([0.25, 4.0]))
@@ -87,7 +93,12 @@ def test_extremes_stay_finite(loss):
 @pytest.mark.parametrize("loss", BINARY + CONTINUOUS)
 def test_shapes_are_checked(loss):
     good = torch.zeros(3)
-    for bad in ((torch.zeros(3, 1), good, good), (good, torch.zeros(3, 1), good), (good, good, torch.zeros(1)), (torch.zeros(()),) * 3):
+    for bad in (
+        (torch.zeros(3, 1), good, good),
+        (good, torch.zeros(3, 1), good),
+        (good, good, torch.zeros(1)),
+        (torch.zeros(()),) * 3,
+    ):
         with pytest.raises(ValueError, match="one shape"):
             loss(*bad, BETA)
     with pytest.raises(ValueError, match="one shape"):
@@ -97,19 +108,29 @@ def test_shapes_are_checked(loss):
 @pytest.mark.parametrize("module", [pointwise_dpo, ulma])
 @pytest.mark.parametrize("labels", ["binary", "continuous"])
 def test_any_mix_of_labels_gives_a_finite_loss(module, labels, tiny_llama):
-    """Also micro-batches without one of the classes, whose mean reward is then the mean of nothing, and whose loss is not."""
-    from common import data, runtime
+    """Also micro-batches without one of the classes, whose mean reward is then the mean of nothing,
+    and whose loss is not.
+    """
+    from common import batches, data, models
 
-    tokenizer = runtime.load_tokenizer(tiny_llama)
-    model = runtime.load_model(tiny_llama, "cpu", tokenizer)
-    rows = data.encode_rows(tokenizer, [("what colour has snow ?", " it is white ."), ("what colour has coal ?", " it is red , you fool .")], 64, answers=1)
-    batch = data.collate(list(rows), 0, "rows", "cpu") | {"ref_logps": torch.tensor([-9.0, -12.0])}
+    tokenizer = models.load_tokenizer(tiny_llama)
+    model = models.load_model(tiny_llama, "cpu", tokenizer)
+    rows = data.encode_rows(
+        tokenizer,
+        [("what colour has snow ?", " it is white ."), ("what colour has coal ?", " it is red , you fool .")],
+        64,
+        answers=1,
+    )
+    batch = batches.collate(list(rows), 0, "rows", "cpu") | {"ref_logps": torch.tensor([-9.0, -12.0])}
     for mix in ([0.0, 0.0], [1.0, 1.0], [0.0, 1.0], [0.3, 0.7]):
-        loss, metrics = module.compute_loss(model, batch | {"labels": torch.tensor(mix)}, module.Args(labels=labels))
+        loss, metrics = module.compute_loss(model, batch | {"labels": torch.tensor(mix)}, labels, beta=0.3)
         loss.backward()
         assert loss.isfinite()
         assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
-        assert [metrics[f"count rewards/{kind}"].item() for kind in ("positive", "negative")] == [mix.count(1.0), 2 - mix.count(1.0)]
+        assert [metrics[f"count rewards/{kind}"].item() for kind in ("positive", "negative")] == [
+            mix.count(1.0),
+            2 - mix.count(1.0),
+        ]
 
 
 def test_sft_loss():
