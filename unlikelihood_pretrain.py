@@ -240,15 +240,12 @@ class Args:
 
 def main(args: Args) -> None:
     try:
-        from common import batches, models
-        from common.processes import print0
+        from common import models
         from common.run import start_run
-        from pretraining import chunks, corpus, evaluate, flops, scorers
-        from pretraining.baseline import baseline_folder
-        from pretraining.models import check_context, choose_output_layer, new_model
+        from pretraining import baseline, chunks, corpus, evaluate, flops, scorers
+        from pretraining.models import choose_output_layer, load_start
     except ImportError as error:
-        words = f"Training needs the folders common/, pretraining/ and toy/ beside this file. ({error})"
-        raise SystemExit(words) from None
+        raise SystemExit(f"Training needs common/, pretraining/ and toy/ beside this file. ({error})") from None
     run, args = start_run(args, __file__)
     evaluate.check_models(args.teacher, args.baseline, args.attacker)
     scorer = scorers.load_scorer(args.task, args.scorer, samples=True, device=run.device)
@@ -256,42 +253,30 @@ def main(args: Args) -> None:
     # Documents with their segments and scores.
     data_from = (args.task, args.data, args.text_field, args.scorer, args.holdout, args.seed)
     documents, facts = corpus.load_corpus(*data_from, f"{args.output_dir}/scores", run.device)
-    all_scores = [score for document in documents["train"] for score in document["scores"]]
 
     # A new model, or one to start from.
     start = str(run.checkpoint or args.init)
-    if start:
-        tokenizer = models.load_tokenizer(start)
-        model = models.load_model(start, run.device, tokenizer)
-    else:
-        tokenizer = chunks.choose_tokenizer(args.task, args.tokenizer, args.vocabulary, documents["train"])
-        model = new_model(args.model, tokenizer, args.context, args.seed).to(run.device)
-    check_context(model, args.context)
+    new_from = (args.task, args.model, args.tokenizer, args.vocabulary, args.context, args.seed)
+    tokenizer, model = load_start(start, *new_from, documents["train"], run.device)
     # [method]
-    threshold = corpus.threshold_of(documents["train"], args.threshold, args.threshold_quantile, default=0.0)
+    threshold_from = (args.threshold, args.threshold_quantile)
+    threshold, good_share = corpus.choose_threshold(documents["train"], *threshold_from, default=(0.0, None))
     marks: dict = {}  # control tokens of each split: none
     # [/method]
-    good_share = sum(score <= threshold for score in all_scores) / len(all_scores)
-    shares = f"{good_share:.1%} of the training segments are good, {1 - good_share:.1%} bad"
-    print0(f"Threshold {threshold:.6g}: {shares}.")
     flops_per_token = flops.training_flops(model, args.context)
     run.prepare(model.train(), dynamic=None)
 
     # Chunks of tokens, and the order in which training sees them.
     ids, scores = chunks.make_chunks(tokenizer, documents, marks, args.context)  # {split: [chunks, context]}
-    targets = args.context - 1  # in each chunk
-    plan = chunks.plan_chunks(len(ids["train"]), args.batch_size, args.tokens, args.context, args.seed, args.max_steps)
+    count, targets = {split: len(ids[split]) for split in ids}, args.context - 1  # targets in each chunk
+    plan = chunks.plan_chunks(count["train"], args.batch_size, args.tokens, args.context, args.seed, args.max_steps)
     logps_of = models.bind_forward(model, target_logps)
-    first = ids["train"][0].to(run.device)
-    output_layer = choose_output_layer(logps_of, model, first, tokenizer.pad_token_id)
-    baseline = baseline_folder(args, run.script, facts["sha256"], run.device)
-    facts |= {"threshold": threshold, "good_share": good_share, "chunks": len(ids["train"])}
-    run.cached_json("corpus", lambda: facts)
-
-    def batch_of(split: str, numbers: list[int]) -> dict:
-        """The batch of the chunks with these numbers."""
-        columns = {"input_ids": ids[split][numbers], "scores": scores[split][numbers]}
-        return {name: batches.to_device(column, run.device) for name, column in columns.items()} | output_layer
+    output_layer = choose_output_layer(logps_of, model, ids["train"][0].to(run.device), tokenizer.pad_token_id)
+    batch_of = partial(chunks.batch_of, ids, scores, output_layer, run.device)
+    plain_folder = baseline.baseline_folder(args, run.script, facts["sha256"], run.device)
+    run.cached_json(
+        "corpus", lambda: {**facts, "threshold": threshold, "good_share": good_share, "chunks": count["train"]}
+    )
 
     # [method]
     compute = partial(models.bind_forward(model, compute_loss), threshold=threshold, alpha=args.alpha)
@@ -314,37 +299,22 @@ def main(args: Args) -> None:
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        count = len(numbers_of_step)
-        run.end_step(count * targets, count * args.context, grad_norm)
+        run.end_step(len(numbers_of_step) * targets, len(numbers_of_step) * args.context, grad_norm)
         if run.is_time(args.eval_every):
-            held_out = list(range(len(ids["held_out"])))
-            run.log("held_out", run.evaluate_loss(compute, partial(batch_of, "held_out"), held_out, per_row=targets))
+            held_out = (partial(batch_of, "held_out"), list(range(count["held_out"])), targets)
+            run.log("held_out", run.evaluate_loss(compute, *held_out))
         if run.is_time_to_save():
             run.save(model, optimizer, tokenizer)
 
     run.save_model(model, tokenizer)
     del optimizer
-    teacher_from = (args.teacher, args.samples, args.max_new_tokens, args.context, args.seed)
-    evaluate_model = partial(
-        evaluate.evaluate_model,
-        task=args.task,
-        scorer=scorer,
-        documents=documents["held_out"],
-        context=args.context,
-        samples=args.samples,
-        max_new_tokens=args.max_new_tokens,
-        seed=args.seed,
-        limit=args.limit,
-        teacher=evaluate.load_teacher(*teacher_from, run.device, run.autocast),
-        rounds=args.red_team,
-        attacker=args.attacker,
-        autocast=run.autocast,
-    )
-    columns = {}
-    if baseline:
-        plain_tokenizer = models.load_tokenizer(baseline)
-        plain_model = models.load_model(baseline, run.device, plain_tokenizer)
-        columns["mle"] = {"held_out": evaluate_model(plain_model, plain_tokenizer)}
+    shape = {"context": args.context, "samples": args.samples, "max_new_tokens": args.max_new_tokens}
+    shape |= {"seed": args.seed, "autocast": run.autocast}
+    teacher = evaluate.load_teacher(args.teacher, run.device, **shape)
+    asked = {"task": args.task, "scorer": scorer, "limit": args.limit, "documents": documents["held_out"]}
+    asked |= {"teacher": teacher, "rounds": args.red_team, "attacker": args.attacker}
+    evaluate_model = partial(evaluate.evaluate_model, **asked, **shape)
+    columns = baseline.column(plain_folder, evaluate_model, run.device)
     # [method]
     columns["after"] = {"held_out": evaluate_model(model, tokenizer)}
     # [/method]

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from common import InputError
-from common.models import sha256_of_model
+from common.models import load_model, load_tokenizer, sha256_of_model
 from common.processes import gather, is_main_process, print0
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,6 +43,14 @@ def baseline_folder(args, script: Path, data_sha256: str, device, say=print0) ->
         return ""
     # One process decides and trains; the others wait for its answer.
     return gather([trained_once(args, plain, data_sha256, device, say) if is_main_process() else None])[0]
+
+
+def column(folder: str, evaluate_model, device) -> dict:
+    """The plain model's column of the end table, or none where there is no folder."""
+    if not folder:
+        return {}
+    tokenizer = load_tokenizer(folder)
+    return {"mle": {"held_out": evaluate_model(load_model(folder, device, tokenizer), tokenizer)}}
 
 
 def trained_once(args, plain: Path, data_sha256: str, device, say) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from common import InputError, models
+from common.batches import to_device
 from common.processes import print0
 from pretraining.corpus import EOS, Document
 from toy import world
@@ -169,6 +170,12 @@ def make_chunks(
     if not len(ids["train"]):
         raise InputError(f"--context {context}: the training documents are shorter than one chunk.")
     return ids, scores
+
+
+def batch_of(ids: dict, scores: dict, more: dict, device, split: str, numbers: list[int]) -> dict:
+    """The batch of the chunks with these numbers: their columns on the device, and `more`."""
+    columns = {"input_ids": ids[split][numbers], "scores": scores[split][numbers]}
+    return {name: to_device(column, device) for name, column in columns.items()} | more
 
 
 def plan_chunks(

@@ -295,25 +295,15 @@ def score_rest(texts: list[str], scorer: scorers.Scorer, part: Path, say=print0)
             ) from None
 
 
-def threshold_of(
-    documents: list[Document],
-    value: float | None,
-    quantile: float | None,
-    of: str = "segments",
-    default: float | None = None,
-) -> float:
+def threshold_of(documents: list[Document], value: float | None, quantile: float | None, of: str = "segments") -> float:
     """The threshold given as a value, or as a quantile of the scores: the smallest score with at
     least that share at or below it.
 
     Args:
-        of: "segments", or "documents" for the mean scores of documents (filtering). default: what
-            it
-            is where neither is given; None: one must be.
+        of: "segments", or "documents" for the mean scores of documents (filtering).
 
     Raises InputError where both or neither are given, or the quantile is no share.
     """
-    if value is None and quantile is None and default is not None:
-        return default
     if (value is None) == (quantile is None):
         raise InputError("Give --threshold or --threshold-quantile, one of them.")
     if value is not None:
@@ -323,6 +313,28 @@ def threshold_of(
     scores = mean_scores(documents) if of == "documents" else [s for d in documents for s in d["scores"]]
     scores = sorted(scores)
     return scores[max(0, math.ceil(quantile * len(scores)) - 1)]
+
+
+def choose_threshold(
+    documents: list[Document],
+    value: float | None,
+    quantile: float | None,
+    default: tuple[float | None, float | None],
+    of: str = "segments",
+    say=print0,
+) -> tuple[float, float]:
+    """(threshold, share of the segments with a score up to it), which is said.
+
+    Args:
+        value, quantile, of: as in `threshold_of`.
+        default: value and quantile where neither is given.
+    """
+    value, quantile = default if value is None and quantile is None else (value, quantile)
+    threshold = threshold_of(documents, value, quantile, of)
+    scores = [score for document in documents for score in document["scores"]]
+    good = sum(score <= threshold for score in scores) / len(scores)
+    say(f"Threshold {threshold:.6g}: {good:.1%} of the training segments are good, {1 - good:.1%} bad.")
+    return threshold, good
 
 
 def mean_scores(documents: list[Document]) -> list[float]:

@@ -54,7 +54,7 @@ def check_models(teacher: str, baseline: str, attacker: str) -> None:
 
 
 def load_teacher(
-    folder: str, samples: int, max_new_tokens: int, context: int, seed: int, device, autocast=contextlib.nullcontext
+    folder: str, device, context: int, samples: int, max_new_tokens: int, seed: int, autocast=contextlib.nullcontext
 ) -> tuple | None:
     """(model, tokenizer, samples at temperature 1) of `--teacher`, or None; two tokens may stand
     before a sample.

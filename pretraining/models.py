@@ -9,6 +9,8 @@ import torch
 from common import InputError, models, oracle
 from common.files import first_line
 from common.processes import print0
+from pretraining.chunks import choose_tokenizer
+from pretraining.corpus import Document
 
 # Layers, heads, hidden size.
 SIZES = {"tiny": (2, 2, 64), "mini": (4, 4, 128), "small": (4, 4, 256), "gpt2-small": (12, 12, 768)}
@@ -94,6 +96,35 @@ def choose_output_layer(logps_of, model, ids: torch.Tensor, pad_id: int, say=pri
     raise InputError(
         "This model's log-probabilities differ between a plain pass and every way to train; it cannot be trained here."
     )
+
+
+def load_start(
+    start: str,
+    task: str,
+    name: str,
+    tokenizer_name: str,
+    vocabulary: int,
+    context: int,
+    seed: int,
+    documents: list[Document],
+    device,
+):
+    """(tokenizer, model) of the folder `start`, or where that is empty those of a new model.
+
+    Args:
+        name, tokenizer_name, vocabulary: as --model, --tokenizer, --vocabulary. documents: training
+            ones, on which a tokenizer may be trained.
+
+    Raises InputError where the model has fewer positions than a chunk has tokens.
+    """
+    if start:
+        tokenizer = models.load_tokenizer(start)
+        model = models.load_model(start, device, tokenizer)
+    else:
+        tokenizer = choose_tokenizer(task, tokenizer_name, vocabulary, documents)
+        model = new_model(name, tokenizer, context, seed).to(device)
+    check_context(model, context)
+    return tokenizer, model
 
 
 def check_context(model, context: int) -> None:
