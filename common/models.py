@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 
 from common import InputError, first_line
-from common.hub import check_hub_id
+from common.files import check_hub_id
 
 UNLIMITED = 1 << 30  # positions, where a configuration names no limit
 

@@ -98,7 +98,7 @@ def evaluate_model(
             prompts.
         teacher: what `load_teacher` gave. rounds, attacker: of the red team.
 
-    Returns: the keys of common.summary.METRICS that apply, in nats where they are
+    Returns: the keys of report.table.METRICS that apply, in nats where they are
     log-probabilities, and "samples", three texts.
     """
     eos, end_ids = tokenizer.eos_token_id, {tokenizer.eos_token_id, *control_ids}

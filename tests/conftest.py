@@ -52,7 +52,9 @@ def tiny_gpt2(tmp_path_factory, toy_tokenizer) -> Path:
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory, toy_tokenizer) -> Path:
     """Folder of a random Llama type of two layers with the toy's tokenizer; rotary positions, grouped keys."""
-    return models.save(models.tiny_llama(len(toy_tokenizer)), toy_tokenizer, tmp_path_factory.mktemp("models") / "llama")
+    return models.save(
+        models.tiny_llama(len(toy_tokenizer)), toy_tokenizer, tmp_path_factory.mktemp("models") / "llama"
+    )
 
 
 @pytest.fixture(scope="session")

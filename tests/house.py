@@ -31,7 +31,7 @@ FAMILIES = {
 }
 OPEN, CLOSE = "# [method]", "# [/method]"
 DIFFERENT_EVERYWHERE = {"Args", "main", "compute_loss", "LOSSES"}  # names that every script has with another content
-PACKAGES = ("common", "toy", "rewards", "labelled", "pretraining")  # imported by scripts inside main only
+PACKAGES = ("common", "toy", "rewards", "labelled", "report", "pretraining")  # imported by scripts inside main only
 FOLDERS = (
     *PACKAGES,
     "tests",
@@ -45,8 +45,8 @@ FOLDERS = (
 # included.
 LAYERS = [
     ["common", "common.batches", "common.processes", "common.metrics"],
-    ["common.hub", "common.generate", "common.fields", "common.oracle"],
-    ["common.files", "toy", "toy.world"],
+    ["common.generate", "common.fields", "common.oracle"],
+    ["common.files", "toy", "toy.world", "report", "report.table", "report.curves", "report.trackers"],
     ["toy.base", "toy.documents"],
     ["common.models", "common.data"],
     ["common.checkpoints", "common.summary"],

@@ -31,7 +31,13 @@ def tiny_llama(vocabulary: int, seed: int = 0, **changes):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     shape |= {"max_position_embeddings": 128, "initializer_range": 0.2}
     return LlamaForCausalLM(LlamaConfig(**({"vocab_size": vocabulary} | shape | ENDS | changes))).eval()
 
@@ -51,7 +57,14 @@ def bigram_model(table: torch.Tensor):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     n = len(table)
-    shape = {"hidden_size": n, "intermediate_size": 2, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 2}
+    shape = {
+        "hidden_size": n,
+        "intermediate_size": 2,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "head_dim": 2,
+    }
     shape |= {"max_position_embeddings": 256, "rms_norm_eps": 0.0, "tie_word_embeddings": False}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=n, **shape, **ENDS)).eval()
     with torch.no_grad():
@@ -75,7 +88,12 @@ def save(model, tokenizer, folder: Path) -> Path:
     return Path(folder)
 
 
-def byte_tokenizer(bos: bool = False, eos: bool = False, merges: tuple = (("a", "b"), ("Ġ", "t"), ("Ċ", "Ċ")), chat_template: str | None = None):
+def byte_tokenizer(
+    bos: bool = False,
+    eos: bool = False,
+    merges: tuple = (("a", "b"), ("Ġ", "t"), ("Ċ", "Ċ")),
+    chat_template: str | None = None,
+):
     """A byte-level BPE tokenizer in GPT-2's manner with few merges: every text has ids, and which tokens merge is plain to see.
 
     Args:
@@ -93,7 +111,9 @@ def byte_tokenizer(bos: bool = False, eos: bool = False, merges: tuple = (("a", 
     tokenizer.decoder = decoders.ByteLevel()
     if bos or eos:
         pattern = "<s> " * bos + "$A" + " </s>" * eos
-        tokenizer.post_processor = processors.TemplateProcessing(single=pattern, special_tokens=[("<s>", 1), ("</s>", 2)])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=pattern, special_tokens=[("<s>", 1), ("</s>", 2)]
+        )
     names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **names)
     fast.chat_template = chat_template

@@ -35,13 +35,21 @@ class Mutant:
     test: str  # the node that must catch it, below tests/; a test with parameters runs with all of them
 
 
-LOSSES, LOGPS, TRAINING, RUN, DPH = (f"test_{name}.py::" for name in ("pairs_losses", "logps", "training", "runtime", "dph"))
+LOSSES, LOGPS, TRAINING, RUN, DPH = (
+    f"test_{name}.py::" for name in ("pairs_losses", "logps", "training", "runtime", "dph")
+)
 HELD_OUT = TRAINING + "test_held_out_metrics_are_those_of_the_saved_model"
 WEIGHS = TRAINING + "test_every_pair_weighs_the_same"
 RESUMED = TRAINING + "test_a_killed_run_resumes_bit_for_bit"
 
 FOUNDATION = [
-    Mutant("sign flip", ("dpo.py",), "return -F.logsigmoid(logits)", "return -F.logsigmoid(-logits)", LOSSES + "test_dpo_loss_and_its_gradient_in_closed_form"),
+    Mutant(
+        "sign flip",
+        ("dpo.py",),
+        "return -F.logsigmoid(logits)",
+        "return -F.logsigmoid(-logits)",
+        LOSSES + "test_dpo_loss_and_its_gradient_in_closed_form",
+    ),
     Mutant(
         "rejected minus chosen",
         ("dpo.py",),
@@ -49,8 +57,20 @@ FOUNDATION = [
         "(rejected_logratios - chosen_logratios)",
         HELD_OUT + "[tiny_llama-dpo]",
     ),
-    Mutant("beta not applied", ("dpo.py",), "logits = beta * (", "logits = 1.0 * (", LOSSES + "test_dpo_at_values_known_from_elsewhere"),
-    Mutant("beta not applied to rewards", ("dpo.py", "cdpo.py"), "chosen_rewards = args.beta * (chosen_logps", "chosen_rewards = (chosen_logps", HELD_OUT),
+    Mutant(
+        "beta not applied",
+        ("dpo.py",),
+        "logits = beta * (",
+        "logits = 1.0 * (",
+        LOSSES + "test_dpo_at_values_known_from_elsewhere",
+    ),
+    Mutant(
+        "beta not applied to rewards",
+        ("dpo.py", "cdpo.py"),
+        "chosen_rewards = args.beta * (chosen_logps",
+        "chosen_rewards = (chosen_logps",
+        HELD_OUT,
+    ),
     Mutant(
         "reference forgotten",
         ("dpo.py",),
@@ -72,7 +92,13 @@ FOUNDATION = [
         "if False:",
         LOSSES + "test_shapes_that_would_broadcast_are_refused",
     ),
-    Mutant("label shift by one", (DATA,), "*range(begin, begin + k - 1)]", "*range(begin + 1, begin + k)]", LOGPS + "test_exact_on_a_bigram_table"),
+    Mutant(
+        "label shift by one",
+        (DATA,),
+        "*range(begin, begin + k - 1)]",
+        "*range(begin + 1, begin + k)]",
+        LOGPS + "test_exact_on_a_bigram_table",
+    ),
     Mutant(
         "first token predicted by itself",
         (DATA,),
@@ -115,7 +141,13 @@ FOUNDATION = [
         "        padding = length - len(ids)\n        source, targets, sequence = source + [start + len(ids) - 1] * (padding > 0), targets + [pad_id] * (padding > 0), sequence + [parts[-1][0]] * (padding > 0)\n",
         LOGPS + "test_padding_and_company_change_nothing_on_the_table",
     ),
-    Mutant("padding visible", (DATA,), "(segments >= 0).long()", "(segments >= -1).long()", "test_data.py::test_a_batch_by_hand"),
+    Mutant(
+        "padding visible",
+        (DATA,),
+        "(segments >= 0).long()",
+        "(segments >= -1).long()",
+        "test_data.py::test_a_batch_by_hand",
+    ),
     Mutant(
         "dropout left on",
         PAIRS,
@@ -123,7 +155,13 @@ FOUNDATION = [
         "    for module in model.modules():\n        vars(module).update({'p': 0.1} if isinstance(module, torch.nn.Dropout) else {})\n    for step in run.steps(len(plan)):\n",
         TRAINING + "test_the_first_logged_loss_is_known_though_the_configuration_has_dropout",
     ),
-    Mutant("functional dropout left on", (RUNTIME,), 'if "drop" in name and isinstance(value, float)', "if False", RUN + "test_disable_dropout[llama]"),
+    Mutant(
+        "functional dropout left on",
+        (RUNTIME,),
+        'if "drop" in name and isinstance(value, float)',
+        "if False",
+        RUN + "test_disable_dropout[llama]",
+    ),
     Mutant(
         "reference taken after a step",
         ("dpo.py", "cdpo.py"),
@@ -131,15 +169,41 @@ FOUNDATION = [
         "        optimizer.zero_grad()\n        ref.update({split: score(split) for split in splits} if step == 0 else {})\n",
         HELD_OUT,
     ),
-    Mutant("last window by batch_size", PAIRS, "run.world_size / len(plan[step]))", "run.world_size / args.batch_size)", WEIGHS),
-    Mutant("micro-batch means", PAIRS, "return losses.sum(), pair_metrics(", "return losses.mean() * args.batch_size, pair_metrics(", WEIGHS),
     Mutant(
-        "placeholders in the loss", PAIRS, "(loss * real * run.world_size", "(loss * run.world_size", TRAINING + "test_placeholder_micro_batches_count_nothing"
+        "last window by batch_size",
+        PAIRS,
+        "run.world_size / len(plan[step]))",
+        "run.world_size / args.batch_size)",
+        WEIGHS,
     ),
     Mutant(
-        "placeholders in the metrics", (RUNTIME,), "value.detach() * float(real)", "value.detach()", TRAINING + "test_placeholder_micro_batches_count_nothing"
+        "micro-batch means",
+        PAIRS,
+        "return losses.sum(), pair_metrics(",
+        "return losses.mean() * args.batch_size, pair_metrics(",
+        WEIGHS,
     ),
-    Mutant("placeholders count as rows", (DATA,), "(rows[:1], False)", "(rows[:1], True)", RUN + "test_over_all_processes_every_row_counts_once"),
+    Mutant(
+        "placeholders in the loss",
+        PAIRS,
+        "(loss * real * run.world_size",
+        "(loss * run.world_size",
+        TRAINING + "test_placeholder_micro_batches_count_nothing",
+    ),
+    Mutant(
+        "placeholders in the metrics",
+        (RUNTIME,),
+        "value.detach() * float(real)",
+        "value.detach()",
+        TRAINING + "test_placeholder_micro_batches_count_nothing",
+    ),
+    Mutant(
+        "placeholders count as rows",
+        (DATA,),
+        "(rows[:1], False)",
+        "(rows[:1], True)",
+        RUN + "test_over_all_processes_every_row_counts_once",
+    ),
     Mutant("gradients not cleared", PAIRS, "        optimizer.zero_grad()\n", "", WEIGHS),
     Mutant(
         "metrics weigh steps alike",
@@ -149,11 +213,33 @@ FOUNDATION = [
         RUN + "test_logged_means_weigh_every_pair_alike_over_uneven_steps",
     ),
     Mutant(
-        "held-out mean over one row more", (RUNTIME,), "len(rows) * targets)", "(len(rows) + 1) * targets)", RUN + "test_mean_metrics_weigh_every_row_alike"
+        "held-out mean over one row more",
+        (RUNTIME,),
+        "len(rows) * targets)",
+        "(len(rows) + 1) * targets)",
+        RUN + "test_mean_metrics_weigh_every_row_alike",
     ),
-    Mutant("rows left in the order of length", (RUNTIME,), "[indices.argsort()]", "", RUN + "test_map_rows_keeps_the_order_of_the_rows"),
-    Mutant("learning rate not set", PAIRS, 'group["lr"] = lr', 'group["lr"] = args.lr', TRAINING + "test_the_learning_rate_of_each_step_is_the_schedules"),
-    Mutant("resume without the data order", PAIRS, "args.epochs, args.max_steps, args.seed)", "args.epochs, args.max_steps, args.seed + run.step)", RESUMED),
+    Mutant(
+        "rows left in the order of length",
+        (RUNTIME,),
+        "[indices.argsort()]",
+        "",
+        RUN + "test_map_rows_keeps_the_order_of_the_rows",
+    ),
+    Mutant(
+        "learning rate not set",
+        PAIRS,
+        'group["lr"] = lr',
+        'group["lr"] = args.lr',
+        TRAINING + "test_the_learning_rate_of_each_step_is_the_schedules",
+    ),
+    Mutant(
+        "resume without the data order",
+        PAIRS,
+        "args.epochs, args.max_steps, args.seed)",
+        "args.epochs, args.max_steps, args.seed + run.step)",
+        RESUMED,
+    ),
     Mutant(
         "resume without optimiser state",
         (RUNTIME,),
@@ -161,7 +247,13 @@ FOUNDATION = [
         'options=StateDictOptions(full_state_dict=True))\n        for values in optimizer.state.values():\n            values["exp_avg"].zero_()\n\n    # -- the end',
         RESUMED,
     ),
-    Mutant("resume without random numbers", (RUNTIME,), 'torch.set_rng_state(tensors.pop("rng|cpu"))', 'tensors.pop("rng|cpu")', RESUMED + "[dph]"),
+    Mutant(
+        "resume without random numbers",
+        (RUNTIME,),
+        'torch.set_rng_state(tensors.pop("rng|cpu"))',
+        'tensors.pop("rng|cpu")',
+        RESUMED + "[dph]",
+    ),
     Mutant(
         "resume without unlogged metrics",
         (RUNTIME,),
@@ -190,7 +282,13 @@ FOUNDATION = [
         "if False:",
         TRAINING + "test_a_number_that_is_not_finite_stops_the_run",
     ),
-    Mutant("top_k left at its default", (EVALUATE,), ', "top_k": 0}', "}", "test_sampling.py::test_frequencies_are_the_softmax"),
+    Mutant(
+        "top_k left at its default",
+        (EVALUATE,),
+        ', "top_k": 0}',
+        "}",
+        "test_sampling.py::test_frequencies_are_the_softmax",
+    ),
     Mutant(
         "EOS dropped",
         (DATA,),
@@ -199,7 +297,11 @@ FOUNDATION = [
         LOGPS + "test_one_eos_ends_an_answer_and_none_a_cut_one",
     ),
     Mutant(
-        "EOS twice", (DATA,), "whole = [ids if done else [*ids, eos] for", "whole = [[*ids, eos] for", LOGPS + "test_one_eos_ends_an_answer_and_none_a_cut_one"
+        "EOS twice",
+        (DATA,),
+        "whole = [ids if done else [*ids, eos] for",
+        "whole = [[*ids, eos] for",
+        LOGPS + "test_one_eos_ends_an_answer_and_none_a_cut_one",
     ),
     Mutant(
         "EOS on a cut answer",
@@ -237,7 +339,11 @@ FOUNDATION = [
         LOGPS + "test_bf16_logits_are_scored_in_float32",
     ),
     Mutant(
-        "gradient of the log-softmax without the target", PAIRS, ".mul_(-g).scatter_add_(-1, y, g)", ".mul_(-g)", LOGPS + "test_token_logps_gradient_is_exact"
+        "gradient of the log-softmax without the target",
+        PAIRS,
+        ".mul_(-g).scatter_add_(-1, y, g)",
+        ".mul_(-g)",
+        LOGPS + "test_token_logps_gradient_is_exact",
     ),
     Mutant(
         "gradient that forgets what comes from above",
@@ -312,7 +418,13 @@ METHODS = [
         "-label_smoothing * F.logsigmoid(logits) - (1 - label_smoothing) * F.logsigmoid(-logits)",
         LOSSES + "test_cdpo_loss_and_its_gradient_in_closed_form",
     ),
-    Mutant("cdpo: smoothing ignored", ("cdpo.py",), "args.beta, args.label_smoothing)  # [batch]", "args.beta, 0.0)  # [batch]", HELD_OUT),
+    Mutant(
+        "cdpo: smoothing ignored",
+        ("cdpo.py",),
+        "args.beta, args.label_smoothing)  # [batch]",
+        "args.beta, 0.0)  # [batch]",
+        HELD_OUT,
+    ),
     Mutant(
         "cdpo: sign of the smoothed term",
         ("cdpo.py",),
@@ -320,9 +432,19 @@ METHODS = [
         "+ label_smoothing * F.logsigmoid(-logits)",
         LOSSES + "test_cdpo_loss_and_its_gradient_in_closed_form",
     ),
-    Mutant("cdpo: no 1 - eps", ("cdpo.py",), "-(1 - label_smoothing) * F.logsigmoid(logits)", "-F.logsigmoid(logits)", LOSSES + "test_minima"),
     Mutant(
-        "cdpo: eps of a half taken", ("cdpo.py",), "if not 0 <= label_smoothing < 0.5:", "if False:", LOSSES + "test_label_smoothing_out_of_range_is_refused"
+        "cdpo: no 1 - eps",
+        ("cdpo.py",),
+        "-(1 - label_smoothing) * F.logsigmoid(logits)",
+        "-F.logsigmoid(logits)",
+        LOSSES + "test_minima",
+    ),
+    Mutant(
+        "cdpo: eps of a half taken",
+        ("cdpo.py",),
+        "if not 0 <= label_smoothing < 0.5:",
+        "if False:",
+        LOSSES + "test_label_smoothing_out_of_range_is_refused",
     ),
     Mutant(
         "separable: second term's sign",
@@ -332,7 +454,11 @@ METHODS = [
         LOSSES + "test_separable_dph_loss_and_its_gradient_in_closed_form",
     ),
     Mutant(
-        "separable: mean of the terms", ("dph.py",), "return -chosen - rejected", "return (-chosen - rejected) / 2", LOSSES + "test_where_nothing_is_preferred"
+        "separable: mean of the terms",
+        ("dph.py",),
+        "return -chosen - rejected",
+        "return (-chosen - rejected) / 2",
+        LOSSES + "test_where_nothing_is_preferred",
     ),
     Mutant(
         "separable: labels of the rejected",
@@ -369,8 +495,20 @@ METHODS = [
         'if args.dph_loss != "separable" else contrastive_dph_loss',
         DPH + "test_the_joint_objective",
     ),
-    Mutant("reward read one token early", ("dph.py",), 'hidden[batch["last"]]', 'hidden[batch["last"] - 1]', DPH + "test_rewards_of_a_model_made_by_hand"),
-    Mutant("last token off by one", (DATA,), "last[s] = k, begin + k - 1", "last[s] = k, begin + k - 2", DPH + "test_rewards_and_gradients_of_separate_passes"),
+    Mutant(
+        "reward read one token early",
+        ("dph.py",),
+        'hidden[batch["last"]]',
+        'hidden[batch["last"] - 1]',
+        DPH + "test_rewards_of_a_model_made_by_hand",
+    ),
+    Mutant(
+        "last token off by one",
+        (DATA,),
+        "last[s] = k, begin + k - 1",
+        "last[s] = k, begin + k - 2",
+        DPH + "test_rewards_and_gradients_of_separate_passes",
+    ),
     Mutant(
         "head dropout in evaluation",
         ("dph.py",),
@@ -427,8 +565,20 @@ METHODS = [
         "model.score.requires_grad_(True)",
         DPH + "test_a_frozen_backbone_leaves_the_lm_untouched",
     ),
-    Mutant("dpo_weight ignored", ("dph.py",), "losses = losses + dpo_weight * contrastive", "losses = losses + contrastive", DPH + "test_the_joint_objective"),
-    Mutant("dph_weight ignored", ("dph.py",), "losses = args.dph_weight * head_loss(", "losses = head_loss(", DPH + "test_the_joint_objective"),
+    Mutant(
+        "dpo_weight ignored",
+        ("dph.py",),
+        "losses = losses + dpo_weight * contrastive",
+        "losses = losses + contrastive",
+        DPH + "test_the_joint_objective",
+    ),
+    Mutant(
+        "dph_weight ignored",
+        ("dph.py",),
+        "losses = args.dph_weight * head_loss(",
+        "losses = head_loss(",
+        DPH + "test_the_joint_objective",
+    ),
     Mutant(
         "smoothing ignored in dph's cDPO",
         ("dph.py",),
@@ -464,7 +614,13 @@ METHODS = [
         'runtime.load_weights(run.checkpoint or "", "score.weight")',
         DPH + "test_a_second_run_goes_on_with_the_head",
     ),
-    Mutant("num_labels not saved", ("dph.py",), "    model.config.num_labels = 1\n", "", DPH + "test_a_run_is_a_causal_lm_and_a_reward_model"),
+    Mutant(
+        "num_labels not saved",
+        ("dph.py",),
+        "    model.config.num_labels = 1\n",
+        "",
+        DPH + "test_a_run_is_a_causal_lm_and_a_reward_model",
+    ),
     Mutant(
         "best of n picks the smallest",
         (EVALUATE,),
@@ -512,7 +668,13 @@ DESIDERATA = [
         "(log_ref - policy_logits.log_softmax(-1))).mean(-1)",
         TYPO + "test_forward_kl_value_gradient_and_direction",
     ),
-    Mutant("typo: lambda grows with the samples", ("typo.py",), "kl.view(-1, len(losses)).mean(0)", "kl.view(-1, len(losses)).sum(0)", TYPO_TERMS + "[2]"),
+    Mutant(
+        "typo: lambda grows with the samples",
+        ("typo.py",),
+        "kl.view(-1, len(losses)).mean(0)",
+        "kl.view(-1, len(losses)).sum(0)",
+        TYPO_TERMS + "[2]",
+    ),
     Mutant("typo: KL without lambda", ("typo.py",), "losses + args.lam * kl.view", "losses + kl.view", TYPO_TERMS),
     Mutant(
         "typo: each answer of a pair with the whole lambda",
@@ -576,7 +738,13 @@ ONE_ANSWER = [
         "(labels == 1, args.negative_weight, args.positive_weight)",
         BY_HAND,
     ),
-    Mutant("beta log Z not added", BOTH, 'return torch.full_like(batch["labels"], args.beta_log_z)', 'return torch.zeros_like(batch["labels"])', BY_HAND),
+    Mutant(
+        "beta log Z not added",
+        BOTH,
+        'return torch.full_like(batch["labels"], args.beta_log_z)',
+        'return torch.zeros_like(batch["labels"])',
+        BY_HAND,
+    ),
     Mutant(
         "the partition reads the answer",
         BOTH,
@@ -757,7 +925,13 @@ SCORING = [
         "done = []",
         READ + "test_an_interrupted_scoring_goes_on_where_it_stopped",
     ),
-    Mutant("scored without a lock", (SCORED,), "fcntl.flock(lock, fcntl.LOCK_EX)  # given", "pass  # given", READ + "test_two_processes_score_once"),
+    Mutant(
+        "scored without a lock",
+        (SCORED,),
+        "fcntl.flock(lock, fcntl.LOCK_EX)  # given",
+        "pass  # given",
+        READ + "test_two_processes_score_once",
+    ),
     Mutant(
         "a text on both sides of the split",
         (SCORED,),
@@ -779,7 +953,13 @@ SCORING = [
         "min(len(scores), math.ceil(quantile * len(scores)) + 1) - 1)",
         READ + "test_thresholds_by_value_and_by_quantile",
     ),
-    Mutant("chunks in one order", (SCORED,), "        rng.shuffle(epoch)\n", "", READ + "test_a_plan_spends_the_budget_and_uses_chunks_evenly"),
+    Mutant(
+        "chunks in one order",
+        (SCORED,),
+        "        rng.shuffle(epoch)\n",
+        "",
+        READ + "test_a_plan_spends_the_budget_and_uses_chunks_evenly",
+    ),
     Mutant(
         "violations on the line behind",
         (SCORERS,),
@@ -787,7 +967,13 @@ SCORING = [
         "found.append(line_number)",
         SEGMENTS + "test_violations_stand_on_the_lines_that_pycodestyle_names",
     ),
-    Mutant("a cut text blamed for its end", (SCORERS,), 'if code and code != "W292":', "if code:", SEGMENTS + "test_the_score_of_a_line_and_of_a_text"),
+    Mutant(
+        "a cut text blamed for its end",
+        (SCORERS,),
+        'if code and code != "W292":',
+        "if code:",
+        SEGMENTS + "test_the_score_of_a_line_and_of_a_text",
+    ),
     Mutant(
         "white space behind its sentence",
         (SCORERS,),
@@ -802,7 +988,13 @@ SCORING = [
         "config.suppress_tokens = None",
         SAID + "test_banned_tokens_are_never_sampled_and_the_others_keep_their_odds",
     ),
-    Mutant("banned tokens keep their share", (SAMPLES,), '    logits[..., inside] = float("-inf")\n', "", SAID + "test_perplexity_on_a_bigram_table"),
+    Mutant(
+        "banned tokens keep their share",
+        (SAMPLES,),
+        '    logits[..., inside] = float("-inf")\n',
+        "",
+        SAID + "test_perplexity_on_a_bigram_table",
+    ),
     Mutant(
         "judged with dropout",
         (SAMPLES,),
@@ -817,7 +1009,13 @@ SCORING = [
         "log_q.exp() * (log_q - log_p)",
         SAID + "test_kl_to_the_teacher_on_bigram_tables",
     ),
-    Mutant("maximum over one place of all groups", (SAMPLES,), ".amax(1).mean()", ".amax(0).mean()", SAID + "test_misalignment_by_hand"),
+    Mutant(
+        "maximum over one place of all groups",
+        (SAMPLES,),
+        ".amax(1).mean()",
+        ".amax(0).mean()",
+        SAID + "test_misalignment_by_hand",
+    ),
     Mutant(
         "the red team shows the worst only",
         (SAMPLES,),
@@ -851,7 +1049,13 @@ REWARDS = [
         'logits = model.score(model.base_model(input_ids=batch["input_ids"]).last_hidden_state[:, -1])[:, 0]',
         REWARD + "test_padding_and_company_never_change_a_score",
     ),
-    Mutant("new head at random", (RUNTIME,), "parameter.zero_()", "parameter.abs_()", REWARD + "test_a_new_head_is_zero_and_a_trained_one_goes_on"),
+    Mutant(
+        "new head at random",
+        (RUNTIME,),
+        "parameter.zero_()",
+        "parameter.abs_()",
+        REWARD + "test_a_new_head_is_zero_and_a_trained_one_goes_on",
+    ),
     Mutant(
         "head of a stranger at random",
         ("common/rewards.py",),
@@ -873,7 +1077,13 @@ REWARDS = [
         "json.dumps(rows.texts.index(texts))",
         REWARD + "test_halves_are_disjoint_and_together_all",
     ),
-    Mutant("both halves are the first", (DATA,), 'if is_first == (which == "first")', "if is_first", REWARD + "test_each_half_trains_on_its_own_prompts"),
+    Mutant(
+        "both halves are the first",
+        (DATA,),
+        'if is_first == (which == "first")',
+        "if is_first",
+        REWARD + "test_each_half_trains_on_its_own_prompts",
+    ),
     Mutant(
         "METEOR one way",
         (EVALUATE,),
@@ -900,7 +1110,13 @@ SAMPLED = [
         "(policy.exp() * (policy - ref)).sum(-1)",
         SUPERHF + "test_the_kl_is_that_of_the_reference_to_the_policy",
     ),
-    Mutant("superhf: kl not applied", ("superhf.py",), "loss = ce + args.kl * kl", "loss = ce + kl", SUPERHF + "test_the_training_step_is_superhf_loss"),
+    Mutant(
+        "superhf: kl not applied",
+        ("superhf.py",),
+        "loss = ce + args.kl * kl",
+        "loss = ce + kl",
+        SUPERHF + "test_the_training_step_is_superhf_loss",
+    ),
     Mutant(
         "superhf: mask not shifted",
         ("superhf.py",),
@@ -911,7 +1127,11 @@ SAMPLED = [
     Mutant("superhf: the worst are kept", ("superhf.py",), "key=lambda c: -c[4])", "key=lambda c: c[4])", CHOICE),
     Mutant("superhf: an empty one may be the best", ("superhf.py",), " if c[3].strip())", ")", CHOICE),
     Mutant(
-        "the same random numbers at every step", ("superhf.py", "ppo.py"), "1009 * step + run.rank", "run.rank", SUPERHF + "test_sampling_is_asked_for_in_full"
+        "the same random numbers at every step",
+        ("superhf.py", "ppo.py"),
+        "1009 * step + run.rank",
+        "run.rank",
+        SUPERHF + "test_sampling_is_asked_for_in_full",
     ),
     Mutant(
         "cut inside the marker's words",
@@ -935,7 +1155,11 @@ SAMPLED = [
         PPO + "test_advantages_are_the_written_out_sum",
     ),
     Mutant(
-        "ppo: the hopeful side of the clip", ("ppo.py",), "policy = torch.maximum(", "policy = torch.minimum(", PPO + "test_losses_and_gradients_in_closed_form"
+        "ppo: the hopeful side of the clip",
+        ("ppo.py",),
+        "policy = torch.maximum(",
+        "policy = torch.minimum(",
+        PPO + "test_losses_and_gradients_in_closed_form",
     ),
     Mutant(
         "ppo: the reward at the first token",
@@ -944,8 +1168,16 @@ SAMPLED = [
         "completion_tokens.cumsum(0) - completion_tokens, rewards",
         PPO + "test_rewards_of_tokens",
     ),
-    Mutant("ppo: penalty to the policy itself", ("ppo.py",), "ref_logps, _ = ref_both(batch)", "ref_logps, _ = both(batch)", SECOND_ROAD),
-    Mutant("ppo: rewards not whitened", ("ppo.py",), "scale = 1.0 / deviation_of(rewards_now)", "scale = 1.0", SECOND_ROAD),
+    Mutant(
+        "ppo: penalty to the policy itself",
+        ("ppo.py",),
+        "ref_logps, _ = ref_both(batch)",
+        "ref_logps, _ = both(batch)",
+        SECOND_ROAD,
+    ),
+    Mutant(
+        "ppo: rewards not whitened", ("ppo.py",), "scale = 1.0 / deviation_of(rewards_now)", "scale = 1.0", SECOND_ROAD
+    ),
     Mutant(
         "ppo: a mean over completions",
         ("ppo.py",),
@@ -964,17 +1196,34 @@ TABLE = FOUNDATION + METHODS + DESIDERATA + ONE_ANSWER + PRETRAINING + SCORING +
 def copy_of_tree(folder: Path) -> Path:
     """The project as it is here, without the runs and caches that lie about."""
     tree = folder / "tree"
-    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".*cache*", ".venv*", "__pycache__", "runs", "results", "docs"))
+    shutil.copytree(
+        ROOT,
+        tree,
+        ignore=shutil.ignore_patterns(".git", ".*cache*", ".venv*", "__pycache__", "runs", "results", "docs"),
+    )
     return tree
 
 
 def run_tests(tree: Path, nodes: list[str], limit: float) -> tuple[list[ElementTree.Element], str]:
     """(test cases with their outcome, the end of pytest's output); no case where pytest did not come to an end."""
     report = tree / "report.xml"
-    words = ["-m", "pytest", "-p", "no:cacheprovider", "-n", "0", f"--junitxml={report}", "-o", "junit_logging=no", *nodes]
+    words = [
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-n",
+        "0",
+        f"--junitxml={report}",
+        "-o",
+        "junit_logging=no",
+        *nodes,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(tree)}
     try:
-        process = subprocess.run([sys.executable, *words], cwd=tree, env=environment, capture_output=True, text=True, timeout=limit)
+        process = subprocess.run(
+            [sys.executable, *words], cwd=tree, env=environment, capture_output=True, text=True, timeout=limit
+        )
     except subprocess.TimeoutExpired:
         return [], f"not finished after {limit:.0f} s"
     cases = list(ElementTree.parse(report).getroot().iter("testcase")) if report.exists() else []
@@ -1025,15 +1274,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--jobs", type=int, default=2, help="mutants at a time")
     parser.add_argument("--only", nargs="+", default=[""], help="mutants whose name holds one of these")
-    parser.add_argument("--part", type=int, default=0, help="with --of N: every Nth mutant, counted from this one (taken modulo N)")
+    parser.add_argument(
+        "--part", type=int, default=0, help="with --of N: every Nth mutant, counted from this one (taken modulo N)"
+    )
     parser.add_argument("--of", type=int, default=1, help="see --part")
     options = parser.parse_args()
-    table = [mutant for mutant in TABLE[options.part % options.of :: options.of] if any(words in mutant.name for words in options.only)]
+    table = [
+        mutant
+        for mutant in TABLE[options.part % options.of :: options.of]
+        if any(words in mutant.name for words in options.only)
+    ]
     if not table or len({mutant.name for mutant in TABLE}) < len(TABLE):
         sys.exit("No mutant has that name." if not table else "Two mutants have the same name.")
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
-        cases, output = run_tests(copy_of_tree(Path(scratch)), sorted({"tests/" + mutant.test for mutant in table}), 600)
+        cases, output = run_tests(
+            copy_of_tree(Path(scratch)), sorted({"tests/" + mutant.test for mutant in table}), 600
+        )
     wrong = [f"{case.get('name')}: {complaint(case)}" for case in cases if complaint(case) is not None]
     if wrong or not cases:
         sys.exit("Without a fault these tests do not pass, so they can show nothing:\n" + ("\n".join(wrong) or output))
@@ -1041,7 +1298,10 @@ def main() -> int:
     with ThreadPoolExecutor(options.jobs) as pool:
         for mutant, (caught, seen) in zip(table, pool.map(verdict, table)):
             passed += caught
-            print(f"{'caught' if caught else 'MISSED':7} {mutant.name:42} {mutant.test.split('[')[0]}: {seen[:100]}", flush=True)
+            print(
+                f"{'caught' if caught else 'MISSED':7} {mutant.name:42} {mutant.test.split('[')[0]}: {seen[:100]}",
+                flush=True,
+            )
     print(f"{passed} passed, {len(table) - passed} failed ({time.perf_counter() - started:.0f} s)")
     return 0 if passed == len(table) else 1
 

@@ -17,7 +17,9 @@ from tests import models
 from toy import world
 
 ROOT = Path(__file__).resolve().parent.parent
-PAIRS = [name for name in ("dpo", "cdpo", "typo", "dph") if (ROOT / f"{name}.py").exists()]  # scripts with the same trunk
+PAIRS = [
+    name for name in ("dpo", "cdpo", "typo", "dph") if (ROOT / f"{name}.py").exists()
+]  # scripts with the same trunk
 
 
 def pairs(rows: int, seed: int = 0) -> list[dict]:
@@ -39,7 +41,16 @@ def write_pairs(path: Path, rows: int, seed: int = 0) -> str:
 
 
 # Small and quick; each test names what it is about on top of these. No samples: they are the slow part of a short run.
-SHORT = {"kl_samples": 0, "batch_size": 8, "micro_batch_size": 8, "log_every": 1, "eval_every": 1000, "save_every": 1000, "lr": 1e-2, "holdout": 0.0}
+SHORT = {
+    "kl_samples": 0,
+    "batch_size": 8,
+    "micro_batch_size": 8,
+    "log_every": 1,
+    "eval_every": 1000,
+    "save_every": 1000,
+    "lr": 1e-2,
+    "holdout": 0.0,
+}
 
 
 def arguments(script: str, folder: Path, **changes):
@@ -51,7 +62,10 @@ def arguments(script: str, folder: Path, **changes):
 def train(script: str, folder: Path, **changes) -> Path:
     """Runs a script's main() here and returns the run's folder."""
     module, args = arguments(script, folder, **changes)
-    with torch.random.fork_rng(devices=[]), mock.patch.object(summary, "draw_curves"):  # drawing takes longer than the run
+    with (
+        torch.random.fork_rng(devices=[]),
+        mock.patch.object(summary, "draw_curves"),
+    ):  # drawing takes longer than the run
         module.main(args)
     return folder
 
@@ -104,7 +118,9 @@ def model_of(folder: Path | str):
 def start_process(words: list[str], cwd: Path = ROOT, timeout: float = 120) -> subprocess.CompletedProcess:
     """A command of the project in a process of its own, on one thread; its output as text."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, *words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(
+        [sys.executable, *words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout
+    )
 
 
 def gpt2_like(folder: Path, **changes) -> str:
@@ -115,10 +131,14 @@ def gpt2_like(folder: Path, **changes) -> str:
 
     end = "<|endoftext|>"
     words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "is", "Ġis", "zq", end]
-    tokenizer = Tokenizer(tokenizer_models.BPE({word: i for i, word in enumerate(words)}, [("i", "s"), ("Ġ", "is"), ("z", "q")]))
+    tokenizer = Tokenizer(
+        tokenizer_models.BPE({word: i for i, word in enumerate(words)}, [("i", "s"), ("Ġ", "is"), ("z", "q")])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end, unk_token=end, clean_up_tokenization_spaces=False)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=end, eos_token=end, unk_token=end, clean_up_tokenization_spaces=False
+    )
     ends = {"bos_token_id": len(words) - 1, "eos_token_id": len(words) - 1, "pad_token_id": None}
     return str(models.save(models.tiny_gpt2(len(words), **ends, **changes), fast, folder))
 
@@ -140,7 +160,9 @@ def toy_reward_anywhere(load):
 
     def loading(name: str, data: str, *rest):
         if name == "toy" and data != "toy":
-            return lambda prompts, answers: torch.tensor([world.true_reward(world.row_of(p), a) for p, a in zip(prompts, answers)])
+            return lambda prompts, answers: torch.tensor(
+                [world.true_reward(world.row_of(p), a) for p, a in zip(prompts, answers)]
+            )
         return load(name, data, *rest)
 
     return loading

@@ -96,7 +96,10 @@ def test_dialogues_with_an_implicit_prompt_are_cut_after_the_last_common_turn():
     chosen, rejected = start + " d\n\nHuman: e\n\nAssistant: f", start + " g\n\nHuman: e\n\nAssistant: f"
     assert pair({"chosen": chosen, "rejected": rejected}) == (start, chosen[len(start) :], rejected[len(start) :])
     # the dialogues part inside a human turn: the last *common* assistant turn is the first one
-    chosen, rejected = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d", "\n\nHuman: a\n\nAssistant: b\n\nHuman: x\n\nAssistant: d"
+    chosen, rejected = (
+        "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d",
+        "\n\nHuman: a\n\nAssistant: b\n\nHuman: x\n\nAssistant: d",
+    )
     assert pair({"chosen": chosen, "rejected": rejected})[0] == "\n\nHuman: a\n\nAssistant:"
     # a marker that is common only in part is not a turn
     assert pair({"chosen": "one two\n\nAssistant: x", "rejected": "one two\n\nAssistant, y"})[0] == "one two\n"
@@ -117,7 +120,9 @@ def test_other_implicit_prompts_are_cut_at_whitespace(chosen, rejected, prompt):
     assert pair({"chosen": chosen, "rejected": rejected}) == (prompt, chosen[len(prompt) :], rejected[len(prompt) :])
 
 
-@pytest.mark.parametrize(("chosen", "rejected"), [("yes", "no"), ("The", "A word"), ("aa bb", "ab bb"), (" yes", " no"), ("word", "words")])
+@pytest.mark.parametrize(
+    ("chosen", "rejected"), [("yes", "no"), ("The", "A word"), ("aa bb", "ab bb"), (" yes", " no"), ("word", "words")]
+)
 def test_without_a_common_prompt_a_row_is_dropped(chosen, rejected):
     assert reason_of({"chosen": chosen, "rejected": rejected}) == "no common prompt"
 
@@ -126,14 +131,22 @@ def test_chat_messages():
     question, yes, no = user("q"), assistant("yes"), assistant("no")
     expected = ([question], [yes], [no])
     assert pair({"prompt": [question], "chosen": [yes], "rejected": [no]}) == expected
-    assert pair({"prompt": [question], "chosen": [question, yes], "rejected": [question, no]}) == expected  # whole dialogues beside their prompt
+    assert (
+        pair({"prompt": [question], "chosen": [question, yes], "rejected": [question, no]}) == expected
+    )  # whole dialogues beside their prompt
     assert pair({"chosen": [question, yes], "rejected": [question, no]}) == expected
-    assert pair({"prompt": "q", "chosen": [question, yes], "rejected": [question, no]}) == expected  # as UltraFeedback has it
+    assert (
+        pair({"prompt": "q", "chosen": [question, yes], "rejected": [question, no]}) == expected
+    )  # as UltraFeedback has it
     assert pair({"prompt": "q", "chosen": [yes], "rejected": [no]}) == expected
     turns = [user("a"), assistant("b"), user("c")]
     assert pair({"chosen": [*turns, yes], "rejected": [*turns, no]}) == (turns, [yes], [no])
     # the same prompt, and answers of different length
-    assert pair({"chosen": [question, yes], "rejected": [question, no, user("why"), yes]}) == ([question], [yes], [no, user("why"), yes])
+    assert pair({"chosen": [question, yes], "rejected": [question, no, user("why"), yes]}) == (
+        [question],
+        [yes],
+        [no, user("why"), yes],
+    )
 
 
 @pytest.mark.parametrize(
@@ -152,9 +165,15 @@ def test_chat_messages():
         ({"prompt": "p", "chosen": True, "rejected": "b"}, "a field is neither text nor chat messages"),
         ({"prompt": "p", "chosen": [], "rejected": []}, "a field is neither text nor chat messages"),
         ({"prompt": "p", "chosen": ["a"], "rejected": ["b"]}, "a field is neither text nor chat messages"),
-        ({"prompt": "p", "chosen": [{"role": "user"}], "rejected": [{"role": "user"}]}, "a field is neither text nor chat messages"),
+        (
+            {"prompt": "p", "chosen": [{"role": "user"}], "rejected": [{"role": "user"}]},
+            "a field is neither text nor chat messages",
+        ),
         ({"prompt": "p", "chosen": "a", "rejected": "half \ud800"}, "a field is not valid Unicode text"),
-        ({"chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("a")]}, "both answers are identical"),
+        (
+            {"chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("a")]},
+            "both answers are identical",
+        ),
         ({"chosen": [user("q"), assistant(" ")], "rejected": [user("q"), assistant("a")]}, "an answer is empty"),
         ({"chosen": [assistant("a")], "rejected": [assistant("b")]}, "no common prompt"),
         ({"prompt": [user("q")], "chosen": [user("q")], "rejected": [user("q"), assistant("b")]}, "an answer is empty"),
@@ -190,7 +209,9 @@ def test_the_real_gpt2_tokenizer_merges_across_the_boundary(gpt2):
     assert moved
     assert example["prompt"] == gpt2("Is it? Answer:").input_ids
     assert example["completions"] == [gpt2(" yes").input_ids + [50256], gpt2(" no way").input_ids + [50256]]
-    assert gpt2("Is it? Answer: yes").input_ids == example["prompt"] + example["completions"][0][:-1]  # no separate tokenisation
+    assert (
+        gpt2("Is it? Answer: yes").input_ids == example["prompt"] + example["completions"][0][:-1]
+    )  # no separate tokenisation
     # only one answer merges with the prompt, and the boundary moves for both
     example, _, moved = data.encode(gpt2, "go in", ["side", ", out"], 64)
     assert moved
@@ -237,7 +258,11 @@ def test_a_prompt_that_fills_max_length_is_refused_and_never_cut(with_bos):
     assert data.encode(with_bos, "12345", ["c", "d"], 3)[1] == "the prompt alone fills max_length"
     example, reason, _ = data.encode(with_bos, "12345", ["c", "dd"], 7)
     assert reason is None
-    assert [len(example["prompt"]), *map(len, example["completions"])] == [6, 1, 1]  # one token of each answer is left, never none
+    assert [len(example["prompt"]), *map(len, example["completions"])] == [
+        6,
+        1,
+        1,
+    ]  # one token of each answer is left, never none
 
 
 def test_chat_template_ids_have_one_bos_one_eos_and_keep_the_prompt(chat):
@@ -245,7 +270,10 @@ def test_chat_template_ids_have_one_bos_one_eos_and_keep_the_prompt(chat):
     example, reason, moved = data.encode(chat, prompt, [answer, other], 99)
     assert (reason, moved) == (None, False)
     assert chat.decode(example["prompt"]) == "<s>[user]hi</s>\n[assistant]"
-    assert [chat.decode(ids) for ids in example["completions"]] == ["yo</s>\n", "no, bye</s>\n"]  # the end of turn is learned, no EOS is added
+    assert [chat.decode(ids) for ids in example["completions"]] == [
+        "yo</s>\n",
+        "no, bye</s>\n",
+    ]  # the end of turn is learned, no EOS is added
     assert example["prompt"].count(BOS) == 1
     assert all(ids.count(EOS) == 1 and BOS not in ids for ids in example["completions"])
     assert len(example["prompt"]) > 2  # transformers 5 returns a dict of two entries where text is not asked for
@@ -258,7 +286,9 @@ def test_a_template_without_eos_gets_one():
 
 
 def test_cut_chat_answers_have_no_eos(chat):
-    example, _, _ = data.encode(chat, [user("hi")], [[assistant("yo yo")], [assistant("no")]], len("<[user]hi<\n[assistant]") + 3)
+    example, _, _ = data.encode(
+        chat, [user("hi")], [[assistant("yo yo")], [assistant("no")]], len("<[user]hi<\n[assistant]") + 3
+    )
     assert [chat.decode(ids) for ids in example["completions"]] == ["yo ", "no</s>"]
 
 
@@ -274,7 +304,11 @@ def test_templates_that_are_missing_or_raise_refuse_the_row(plain):
     messages = ([user("hi")], [[assistant("yo")], [assistant("no")]])
     assert data.encode(plain, *messages, 99)[1] == "chat messages, but the tokenizer has no chat template"
     strict = models.byte_tokenizer(chat_template="{{ raise_exception('System role not supported') }}")
-    assert data.encode(strict, *messages, 99) == (None, "the chat template refuses the messages: System role not supported", False)
+    assert data.encode(strict, *messages, 99) == (
+        None,
+        "the chat template refuses the messages: System role not supported",
+        False,
+    )
 
 
 def test_real_dialogues_are_cut_where_the_answers_begin(preference_data):
@@ -299,7 +333,10 @@ def test_real_dialogues_are_cut_where_the_answers_begin(preference_data):
 # --------------------------------------------------------------------------------------------------------------- reading
 
 
-ROWS = [{"prompt": "1", "chosen": 'a, "b"\nc', "rejected": "ü\u2028d"}, {"prompt": "02", "chosen": "x", "rejected": "NaN"}]
+ROWS = [
+    {"prompt": "1", "chosen": 'a, "b"\nc', "rejected": "ü\u2028d"},
+    {"prompt": "02", "chosen": "x", "rejected": "NaN"},
+]
 
 
 def csv_text(rows):
@@ -374,7 +411,11 @@ GOOD = b'{"chosen": "p a", "rejected": "p b"}\n'
         ("rows.jsonl", GOOD * 3 + b'{"chosen": "caf\xe9"}\n', ["line 4", "not UTF-8"]),
         ("rows.jsonl.gz", b"this is not gzip", ["cannot be read"]),
         ("rows.jsonl.gz", gzip.compress(GOOD * 999, mtime=0)[:-20], ["cannot be read"]),
-        ("rows.jsonl.gz", gzip.compress(GOOD, mtime=0)[:10] + b"\xff" * 40, ["cannot be read"]),  # a whole header, and no deflate stream behind it
+        (
+            "rows.jsonl.gz",
+            gzip.compress(GOOD, mtime=0)[:10] + b"\xff" * 40,
+            ["cannot be read"],
+        ),  # a whole header, and no deflate stream behind it
         ("rows.parquet", b"PAR1 this is not parquet", ["not a readable parquet file"]),
         ("rows.parquet", b"", ["not a readable parquet file"]),
         ("rows.csv", b"prompt,chosen,rejected\np,a,b\np,a,b,c\n", ["line 3", "more values than the header"]),
@@ -418,8 +459,12 @@ def test_drops_are_counted_by_reason_and_said(tmp_path, plain):
     splits, _ = data.load_pairs(load_args(lines_file(tmp_path, bad + good + long + merged)), plain, 32, said.append)
     train = splits["train"]
     assert (train.seen, len(train), train.moved) == (12, 6, 1)
-    assert train.dropped == Counter({"both answers are identical": 3, "an answer is empty": 2, "the prompt alone fills max_length": 1})
-    assert [text[0] for text in train.texts] == [f"q{i}" for i in range(5)] + ["xa"]  # texts and examples stay side by side
+    assert train.dropped == Counter(
+        {"both answers are identical": 3, "an answer is empty": 2, "the prompt alone fills max_length": 1}
+    )
+    assert [text[0] for text in train.texts] == [f"q{i}" for i in range(5)] + [
+        "xa"
+    ]  # texts and examples stay side by side
     assert said[0] == (
         "Training rows: 12 rows read, 6 used; dropped 3 (both answers are identical), 2 (an answer is empty), "
         "1 (the prompt alone fills max_length); in 1 the boundary moved left because a token spans prompt and answer."
@@ -439,10 +484,14 @@ def test_nothing_left_stops_the_run(tmp_path, plain):
 
 def test_eval_data_is_the_held_out_split(tmp_path, plain):
     train = lines_file(tmp_path, [{"prompt": f"p{i}", "chosen": "a", "rejected": "b"} for i in range(10)])
-    held_out = lines_file(tmp_path, [{"prompt": f"e{i}", "chosen": "a", "rejected": "b"} for i in range(3)], "eval.jsonl")
+    held_out = lines_file(
+        tmp_path, [{"prompt": f"e{i}", "chosen": "a", "rejected": "b"} for i in range(3)], "eval.jsonl"
+    )
     splits, digest = data.load_pairs(load_args(train, eval_data=held_out, holdout=0.5), plain, 64, lambda *words: None)
     assert [len(splits["train"]), len(splits["held_out"])] == [10, 3]
-    assert digest != data.load_pairs(load_args(train), plain, 64, lambda *words: None)[1]  # the hash is of all rows read
+    assert (
+        digest != data.load_pairs(load_args(train), plain, 64, lambda *words: None)[1]
+    )  # the hash is of all rows read
 
 
 def test_splits_of_the_hub(monkeypatch):
@@ -465,7 +514,9 @@ def test_splits_of_the_hub(monkeypatch):
     found = data.read_hub("owner/name")
     assert {k: len(v) for k, v in found.items()} == {"train": 2, "test": 1}
     assert found["test"][0][0] == "owner/name, validation row 1"
-    assert data.read_hub("owner/name:folder")["train"][1][1] == row  # no configuration of that name: a folder of the data
+    assert (
+        data.read_hub("owner/name:folder")["train"][1][1] == row
+    )  # no configuration of that name: a folder of the data
     assert asked == [("owner/name", None, None), ("owner/name", "folder", None), ("owner/name", None, "folder")]
     served.clear()
     served.update(extra=[row])
@@ -476,7 +527,11 @@ def test_splits_of_the_hub(monkeypatch):
 def test_the_hash_is_of_the_rows_and_not_of_the_file(tmp_path, plain):
     row = {"prompt": "p", "chosen": "a", "rejected": "b"}
     digests = set()
-    for name, text in (("a.jsonl", json.dumps(row)), ("b.json", json.dumps([dict(reversed(row.items()))], indent=2)), ("c.csv", csv_text([row]))):
+    for name, text in (
+        ("a.jsonl", json.dumps(row)),
+        ("b.json", json.dumps([dict(reversed(row.items()))], indent=2)),
+        ("c.csv", csv_text([row])),
+    ):
         (tmp_path / name).write_text(text)
         digests.add(data.load_pairs(load_args(tmp_path / name), plain, 64, lambda *words: None)[1])
     assert len(digests) == 1
@@ -499,7 +554,9 @@ def test_the_split_is_by_prompt_and_its_share_exact(share):
     assert train == [row for row in rows if row in set(train)]  # the rows' order stays
     assert data.split_by_prompt(rows, share, seed=3) == (train, held_out)
     shuffled = rng.sample(rows, len(rows))
-    assert {row[0] for row in data.split_by_prompt(shuffled, share, seed=3)[1]} == {row[0] for row in held_out}  # whatever order the file has
+    assert {row[0] for row in data.split_by_prompt(shuffled, share, seed=3)[1]} == {
+        row[0] for row in held_out
+    }  # whatever order the file has
     if share:
         assert {row[0] for row in data.split_by_prompt(rows, share, seed=4)[1]} != {row[0] for row in held_out}
 
@@ -538,7 +595,9 @@ def test_whole_and_fractional_epochs():
     assert two[:13] == one
     assert sorted(i for step in two[13:] for i in step) == list(range(100))
     assert two[13:] != one  # each epoch is shuffled anew
-    assert sorted(map(sorted, two[13:])) != sorted(map(sorted, one))  # other rows meet in a step, not the same steps in another order
+    assert sorted(map(sorted, two[13:])) != sorted(
+        map(sorted, one)
+    )  # other rows meet in a step, not the same steps in another order
     chosen = [i for step in half for i in step]
     assert len(chosen) == len(set(chosen)) == 50
     more = data.plan_batches(rows, 8, 2.25, -1, seed=5)
@@ -589,7 +648,9 @@ def test_the_short_last_step_holds_rows_of_every_length():
     rows = random_rows(36)
     longest = sorted(range(36), key=lambda i: -data.row_length(rows[i]))[:4]
     found = [set(data.plan_batches(rows, 32, 1, -1, seed=seed)[-1]) for seed in range(20)]
-    assert sum(len(step & set(longest)) for step in found) < 25  # 20 * 4 * 4 / 36 = 9 by chance; 80 were the longest always left over
+    assert (
+        sum(len(step & set(longest)) for step in found) < 25
+    )  # 20 * 4 * 4 / 36 = 9 by chance; 80 were the longest always left over
 
 
 def test_rows_that_a_plan_never_uses_are_left_out():
@@ -597,7 +658,9 @@ def test_rows_that_a_plan_never_uses_are_left_out():
     rows = data.Rows(found, [f"text {i}" for i in range(50)], seen=60, dropped={"an answer is empty": 10}, moved=3)
     plan = data.plan_batches(rows, 8, 3, 4, seed=0)
     kept, new = data.only_planned(rows, plan)
-    assert [[kept[k] for k in step] for step in new] == [[found[i] for i in step] for step in plan]  # the same rows in the same order
+    assert [[kept[k] for k in step] for step in new] == [
+        [found[i] for i in step] for step in plan
+    ]  # the same rows in the same order
     assert [[kept.texts[k] for k in step] for step in new] == [[f"text {i}" for i in step] for step in plan]
     assert len(kept) == len({i for step in plan for i in step}) == 32
     assert (kept.seen, kept.dropped, kept.moved) == (60, Counter({"an answer is empty": 10}), 3)
@@ -605,7 +668,10 @@ def test_rows_that_a_plan_never_uses_are_left_out():
     assert data.only_planned(rows, whole) == (found, whole)
 
 
-@pytest.mark.parametrize(("count", "size", "world"), [(32, 32, 1), (32, 8, 1), (33, 8, 1), (5, 8, 3), (1, 4, 4), (32, 4, 3), (31, 5, 2), (64, 8, 8)])
+@pytest.mark.parametrize(
+    ("count", "size", "world"),
+    [(32, 32, 1), (32, 8, 1), (33, 8, 1), (5, 8, 3), (1, 4, 4), (32, 4, 3), (31, 5, 2), (64, 8, 8)],
+)
 def test_micro_batches_hold_every_row_once_over_all_processes(count, size, world):
     rows = [10 * i + 3 for i in range(count)]
     shares = [data.micro_batches(rows, size, rank, world) for rank in range(world)]
@@ -632,7 +698,9 @@ def seen_by(batch, flat):
         visible = mask[line, 0, column] == 0
         assert set(mask.unique().tolist()) <= {0.0, data.MASKED}
     else:
-        visible = mask[line].bool() & (torch.arange(mask.shape[1]) <= column)  # a causal model with a mask of real tokens
+        visible = mask[line].bool() & (
+            torch.arange(mask.shape[1]) <= column
+        )  # a causal model with a mask of real tokens
     places = visible.nonzero().flatten().tolist()
     return sorted((batch["position_ids"][line, k].item(), batch["input_ids"][line, k].item()) for k in places)
 
@@ -652,9 +720,14 @@ def check_batch(rows, layout, pad_id):
         assert (batch["attention_mask"].amax(-1) == 0).all()  # a line of padding sees something: no nan
     else:
         assert length == max(len(row["prompt"]) + len(ids) for row in rows for ids in row["completions"])
-        assert batch["attention_mask"].sum() == sum(len(row["prompt"]) + len(ids) for row in rows for ids in row["completions"])
+        assert batch["attention_mask"].sum() == sum(
+            len(row["prompt"]) + len(ids) for row in rows for ids in row["completions"]
+        )
     assert batch["source"].shape == batch["targets"].shape == batch["sequence"].shape
-    assert all(batch[name].dtype == torch.int64 for name in ("input_ids", "position_ids", "source", "targets", "sequence", "last"))
+    assert all(
+        batch[name].dtype == torch.int64
+        for name in ("input_ids", "position_ids", "source", "targets", "sequence", "last")
+    )
     found = {s: [] for s in range(n * answers)}
     for source, target, s in zip(batch["source"].tolist(), batch["targets"].tolist(), batch["sequence"].tolist()):
         found[s].append((source, target))
@@ -664,11 +737,15 @@ def check_batch(rows, layout, pad_id):
         for t, (source, _) in enumerate(tokens):
             assert seen_by(batch, source) == list(enumerate(row["prompt"] + answer[:t]))
         assert seen_by(batch, batch["last"][s].item()) == list(enumerate(row["prompt"] + answer))
-    real = sum(len(row["prompt"]) * (1 if layout == "shared" else answers) + sum(map(len, row["completions"])) for row in rows)
+    real = sum(
+        len(row["prompt"]) * (1 if layout == "shared" else answers) + sum(map(len, row["completions"])) for row in rows
+    )
     assert (batch["input_ids"] == pad_id).sum() == lines * length - real  # these rows hold no token of that id
     if layout == "model_head":
         keep = batch["logits_to_keep"]
-        assert length - keep == min(len(row["prompt"]) for row in rows) - 1  # the first position that predicts a completion token
+        assert (
+            length - keep == min(len(row["prompt"]) for row in rows) - 1
+        )  # the first position that predicts a completion token
     else:
         assert "logits_to_keep" not in batch
 
@@ -732,7 +809,13 @@ def test_random_texts_keep_every_promise_at_once(seed):
     tokenizer = models.byte_tokenizer(bos=bool(seed % 2))
 
     def text(high):
-        return "".join(rng.choices(["a", "b", "c", " ", "t", "\n", "é", "</s>", "ab"], [6, 6, 6, 6, 3, 3, 1, 0.2, 2], k=rng.randint(1, high)))
+        return "".join(
+            rng.choices(
+                ["a", "b", "c", " ", "t", "\n", "é", "</s>", "ab"],
+                [6, 6, 6, 6, 3, 3, 1, 0.2, 2],
+                k=rng.randint(1, high),
+            )
+        )
 
     for _ in range(100):
         prompt, answers, limit = text(12), [text(20), text(20)], rng.randint(2, 40)

@@ -82,10 +82,14 @@ def test_rewards_and_gradients_of_separate_passes(layout, folder):
     weights = torch.linspace(-1.0, 1.5, 2 * len(examples))
     logps, rewards = dph.logps_and_rewards(model, data.collate(examples, 0, layout, "cpu"))
     got = torch.autograd.grad((weights * rewards).sum(), list(model.parameters()), allow_unused=True)
-    states = [model.base_model(torch.tensor([p + c])).last_hidden_state[0, -1] for p, c in evaluate.sequences_of(examples)]
+    states = [
+        model.base_model(torch.tensor([p + c])).last_hidden_state[0, -1] for p, c in evaluate.sequences_of(examples)
+    ]
     expected = model.score(torch.stack(states)).squeeze(-1)
     torch.testing.assert_close(rewards, expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(logps, evaluate.plain_logps(model, evaluate.sequences_of(examples), 0), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        logps, evaluate.plain_logps(model, evaluate.sequences_of(examples), 0), atol=1e-4, rtol=0
+    )
     slow = torch.autograd.grad((weights * expected).sum(), list(model.parameters()), allow_unused=True)
     for a, b in zip(got, slow):
         assert (a is None) == (b is None)
@@ -149,7 +153,16 @@ def test_the_head_learns(tmp_path, file13, llama):
 @pytest.mark.parametrize("stopped", [False, True])
 def test_the_head_has_its_own_learning_rate(stopped, tmp_path, file13, llama, monkeypatch):
     """AdamW's first step moves every weight by its learning rate; a stopped run goes on with both rates."""
-    given = {"model": llama, "data": file13, "lr": 1e-4, "head_lr": 1e-2, "warmup": 0.0, "max_steps": 2, "epochs": 2, "save_every": 1}
+    given = {
+        "model": llama,
+        "data": file13,
+        "lr": 1e-4,
+        "head_lr": 1e-2,
+        "warmup": 0.0,
+        "max_steps": 2,
+        "epochs": 2,
+        "save_every": 1,
+    }
     whole = train("dph", tmp_path / "whole", **given)
     if stopped:
         saved = runtime.Run.save
@@ -162,7 +175,9 @@ def test_the_head_has_its_own_learning_rate(stopped, tmp_path, file13, llama, mo
             patch.setattr(runtime.Run, "save", save_and_die)
             with pytest.raises(RuntimeError, match="killed"):
                 train("dph", tmp_path / "part", **given)
-        assert (resume("dph", tmp_path / "part") / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+        assert (resume("dph", tmp_path / "part") / "model.safetensors").read_bytes() == (
+            whole / "model.safetensors"
+        ).read_bytes()
     else:
         one = train("dph", tmp_path / "one", **{**given, "max_steps": 1})
         head = runtime.load_weights(one, "score.weight")["score.weight"]
@@ -207,7 +222,9 @@ def test_a_strong_prior_holds_the_matrices_and_nothing_else(kind, request, tmp_p
             torch.testing.assert_close(value, before[name], atol=1e-6, rtol=1e-6)
         else:
             assert (value - before[name]).abs().max() > 0.005, name
-    decayed = safetensors.torch.load_file(train("dph", tmp_path / "decay", weight_decay=100.0, **setup) / "model.safetensors")
+    decayed = safetensors.torch.load_file(
+        train("dph", tmp_path / "decay", weight_decay=100.0, **setup) / "model.safetensors"
+    )
     name = next(name for name in after if name.endswith(("mlp.c_fc.weight", "mlp.up_proj.weight")))
     assert decayed[name].norm() < 0.2 * before[name].norm()
 
@@ -246,7 +263,9 @@ def test_head_dropout_acts_in_training_and_not_in_evaluation(llama):
 def test_head_dropout_needs_no_lm_dropout(llama):
     """The log-probabilities beside it are exact."""
     model, batch = load_with_head(llama), data.collate(toy_examples(llama), 0, "shared", "cpu")
-    torch.testing.assert_close(dph.logps_and_rewards(model, batch, 0.5)[0], dph.logps_and_rewards(model, batch)[0], rtol=0, atol=0)
+    torch.testing.assert_close(
+        dph.logps_and_rewards(model, batch, 0.5)[0], dph.logps_and_rewards(model, batch)[0], rtol=0, atol=0
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ the run's folder
@@ -292,7 +311,15 @@ def test_a_second_run_goes_on_with_the_head(tmp_path, file13, llama):
 
 def test_candidates_have_all_rewards_and_the_largest_is_picked(tmp_path, file13, tiny_llama):
     """Every reward in the file is the head's, computed anew from the answer's text; the best one is picked in both columns."""
-    setup = {"model": str(tiny_llama), "data": file13, "holdout": 0.3, "kl_samples": 6, "n": 4, "max_new_tokens": 5, "seed": 3}
+    setup = {
+        "model": str(tiny_llama),
+        "data": file13,
+        "holdout": 0.3,
+        "kl_samples": 6,
+        "n": 4,
+        "max_new_tokens": 5,
+        "seed": 3,
+    }
     run = train("dph", tmp_path / "run", **setup)
     lines = [json.loads(line) for line in (run / "candidates.jsonl").read_text().splitlines()]
     assert [line["column"] for line in lines] == ["after_best_of_n"] * 6 + ["reference_best_of_n"] * 6
@@ -300,12 +327,17 @@ def test_candidates_have_all_rewards_and_the_largest_is_picked(tmp_path, file13,
         assert len(line["answers"]) == len(line["rewards"]) == 4
         assert line["rewards"][line["picked"]] == max(line["rewards"])
     assert any(len(set(line["rewards"])) > 1 for line in lines)
-    tokenizer, head = runtime.load_tokenizer(str(run)), safetensors.torch.load_file(run / "model.safetensors")["score.weight"][0]
+    tokenizer, head = (
+        runtime.load_tokenizer(str(run)),
+        safetensors.torch.load_file(run / "model.safetensors")["score.weight"][0],
+    )
     policy, checked = model_of(run), 0
     for line in lines:
         for answer, reward in zip(line["answers"], line["rewards"]):
             words = answer.split()
-            if len(words) == 5 and not any(word.startswith("<") for word in words):  # cut answers without EOS can be read back exactly
+            if len(words) == 5 and not any(
+                word.startswith("<") for word in words
+            ):  # cut answers without EOS can be read back exactly
                 ids = tokenizer(line["prompt"] + " " + answer).input_ids
                 with torch.no_grad():
                     state = policy.base_model(torch.tensor([ids])).last_hidden_state[0, -1]
@@ -319,7 +351,17 @@ def test_candidates_have_all_rewards_and_the_largest_is_picked(tmp_path, file13,
 
 def test_the_best_of_n_costs_at_most_its_bound(tmp_path, file13, llama):
     """With a frozen LM, policy and reference are one, so the KL of the best of n is log n - (n - 1) / n."""
-    run = train("dph", tmp_path / "run", model=llama, data=file13, holdout=0.3, kl_samples=4, n=4, max_new_tokens=4, freeze_backbone=True)
+    run = train(
+        "dph",
+        tmp_path / "run",
+        model=llama,
+        data=file13,
+        holdout=0.3,
+        kl_samples=4,
+        n=4,
+        max_new_tokens=4,
+        freeze_backbone=True,
+    )
     summary = json.loads((run / "summary.json").read_text())
     for column in ("after_best_of_n", "reference_best_of_n"):
         assert summary[column]["kl"] == pytest.approx(math.log(4) - 3 / 4, abs=1e-6)
@@ -333,10 +375,17 @@ def test_evaluate_writes_the_heads_rewards(toy_base, tmp_path):
     from common import evaluate
 
     dph.main(dph.Args(max_steps=5, kl_samples=0, output_dir=str(tmp_path), name="run"))
-    pairs = [("what is one plus two ?", " it is three .", " it is four , you fool ."), ("what is one plus two ?", " it is three .", "")]
+    pairs = [
+        ("what is one plus two ?", " it is three .", " it is four , you fool ."),
+        ("what is one plus two ?", " it is three .", ""),
+    ]
     rows = [dict(zip(("prompt", "chosen", "rejected"), pair)) for pair in pairs]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    evaluate.main(evaluate.Args(model=str(tmp_path / "run"), data=str(tmp_path / "rows.jsonl"), output=str(tmp_path / "scores.jsonl")))
+    evaluate.main(
+        evaluate.Args(
+            model=str(tmp_path / "run"), data=str(tmp_path / "rows.jsonl"), output=str(tmp_path / "scores.jsonl")
+        )
+    )
     good, bad = (json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines())
     assert (bad["chosen_reward"], bad["rejected_reward"], bad["chosen_logps"]) == (None, None, None)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")

@@ -28,7 +28,10 @@ def random_rows(count, vocabulary, seed=0, prompts=(1, 12), answers=(1, 9)):
     def ids(low, high):
         return [rng.randrange(3, vocabulary) for _ in range(rng.randint(low, high))]
 
-    return [{"prompt": [BOS, *ids(*prompts)], "completions": [[*ids(*answers), *[EOS] * rng.randint(0, 1)] for _ in "ab"]} for _ in range(count)]
+    return [
+        {"prompt": [BOS, *ids(*prompts)], "completions": [[*ids(*answers), *[EOS] * rng.randint(0, 1)] for _ in "ab"]}
+        for _ in range(count)
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------- the oracle
@@ -116,16 +119,23 @@ def test_kl_of_samples_is_exact_over_all_completions(prompt):
     """Weighted by their probability, the values along all completions add up to the sum of p log(p / q) over them."""
     p, q = small_tables()
     completions = all_completions(3)
-    log_p, log_q = (torch.tensor([models.bigram_logps(table, prompt, c) for c in completions], dtype=torch.float64) for table in (p, q))
+    log_p, log_q = (
+        torch.tensor([models.bigram_logps(table, prompt, c) for c in completions], dtype=torch.float64)
+        for table in (p, q)
+    )
     assert log_p.exp().sum().item() == pytest.approx(1, abs=1e-12)
     exact = (log_p.exp() * (log_p - log_q)).sum().item()
-    found = evaluate.kl_of_samples(models.bigram_model(p), models.bigram_model(q), [prompt] * len(completions), completions, PAD, batch_size=16)
+    found = evaluate.kl_of_samples(
+        models.bigram_model(p), models.bigram_model(q), [prompt] * len(completions), completions, PAD, batch_size=16
+    )
     assert found.dtype == torch.float64
     assert (log_p.exp() * found).sum().item() == pytest.approx(exact, rel=1e-5)
     assert found.min() > 0  # the log-ratio of a completion is often negative, its KL never
     assert (log_p - log_q).min() < -1
     # the other direction is another number
-    back = evaluate.kl_of_samples(models.bigram_model(q), models.bigram_model(p), [prompt] * len(completions), completions, PAD)
+    back = evaluate.kl_of_samples(
+        models.bigram_model(q), models.bigram_model(p), [prompt] * len(completions), completions, PAD
+    )
     assert (log_q.exp() * back).sum().item() == pytest.approx((log_q.exp() * (log_q - log_p)).sum().item(), rel=1e-5)
     assert abs((log_q.exp() * back).sum().item() - exact) > 0.05
 
@@ -135,9 +145,14 @@ def test_kl_along_one_completion_is_the_sum_over_its_tokens():
     local = (p.exp() * (p - q)).sum(-1)  # [from], in nats
     prompts, completions = [[BOS, 3], [BOS], [BOS, 4, 4, 3]], [[4, EOS], [3, 3, 4], [EOS]]
     found = evaluate.kl_of_samples(models.bigram_model(p), models.bigram_model(q), prompts, completions, PAD)
-    exact = [sum(local[u].item() for u in [prompt[-1], *completion][:-1]) for prompt, completion in zip(prompts, completions)]
+    exact = [
+        sum(local[u].item() for u in [prompt[-1], *completion][:-1]) for prompt, completion in zip(prompts, completions)
+    ]
     assert found.tolist() == pytest.approx(exact, rel=1e-5)
-    assert evaluate.kl_of_samples(models.bigram_model(p), models.bigram_model(p), prompts, completions, PAD).abs().max() < 1e-6
+    assert (
+        evaluate.kl_of_samples(models.bigram_model(p), models.bigram_model(p), prompts, completions, PAD).abs().max()
+        < 1e-6
+    )
     assert evaluate.kl_of_samples(models.bigram_model(p), models.bigram_model(q), [], [], PAD).shape == (0,)
 
 
@@ -147,10 +162,15 @@ def test_kl_does_not_depend_on_the_batch(build):
     prompts, completions = zip(*evaluate.sequences_of(random_rows(9, 60)))
     expected = []
     for prompt, completion in zip(prompts, completions):
-        log_p, log_q = (m(input_ids=torch.tensor([prompt + completion])).logits[0].double().log_softmax(-1) for m in (policy, reference))
+        log_p, log_q = (
+            m(input_ids=torch.tensor([prompt + completion])).logits[0].double().log_softmax(-1)
+            for m in (policy, reference)
+        )
         expected.append((log_p.exp() * (log_p - log_q)).sum(-1)[len(prompt) - 1 : -1].sum().item())
     for batch_size in (1, 5, 64):
-        assert evaluate.kl_of_samples(policy, reference, list(prompts), list(completions), PAD, batch_size).tolist() == pytest.approx(expected, rel=1e-4)
+        assert evaluate.kl_of_samples(
+            policy, reference, list(prompts), list(completions), PAD, batch_size
+        ).tolist() == pytest.approx(expected, rel=1e-4)
 
 
 # -------------------------------------------------------------------------------------------------- judgement of samples
@@ -188,16 +208,25 @@ def test_the_kl_of_a_judgement_is_the_mean_over_prompts_and_samples():
     exact = []
     for prompt in (3, 4):
         completions = all_completions(3)
-        log_p, log_q = (torch.tensor([models.bigram_logps(t, [prompt], c) for c in completions], dtype=torch.float64) for t in (p, q))
+        log_p, log_q = (
+            torch.tensor([models.bigram_logps(t, [prompt], c) for c in completions], dtype=torch.float64)
+            for t in (p, q)
+        )
         exact.append((log_p.exp() * (log_p - log_q)).sum().item())
     found = evaluate.judge_samples(fake_run(), models.bigram_model(p), models.bigram_model(q), "", tokenizer, rows)
     assert found["kl"] == pytest.approx(sum(exact) / 2, rel=0.05)
     assert [prompt for prompt, _ in found["samples"]] == sorted(set(texts))
     assert set(found) == {"kl", "samples"}  # the true reward is the toy's
     assert evaluate.judge_samples(fake_run(), models.bigram_model(p), None, "", tokenizer, rows)["kl"] == 0
-    assert evaluate.judge_samples(fake_run(kl_samples=0), models.bigram_model(p), None, "", tokenizer, rows) == {"kl": None, "samples": []}
+    assert evaluate.judge_samples(fake_run(kl_samples=0), models.bigram_model(p), None, "", tokenizer, rows) == {
+        "kl": None,
+        "samples": [],
+    }
     too_long = fake_run(max_new_tokens=255)  # no prompt leaves room for an answer in the model's 256 positions
-    assert evaluate.judge_samples(too_long, models.bigram_model(p), None, "", tokenizer, rows) == {"kl": None, "samples": []}
+    assert evaluate.judge_samples(too_long, models.bigram_model(p), None, "", tokenizer, rows) == {
+        "kl": None,
+        "samples": [],
+    }
 
 
 def test_best_of_n_picks_the_largest_reward_and_bounds_its_kl(bigram):
@@ -207,8 +236,12 @@ def test_best_of_n_picks_the_largest_reward_and_bounds_its_kl(bigram):
         return torch.zeros(len(batch["completion_tokens"])).index_add(0, batch["sequence"], batch["targets"].float())
 
     run = fake_run(kl_samples=40)
-    same = evaluate.judge_samples(run, bigram.load(), bigram.load(), "", bigram.tokenizer, rows, n=4, rewards=rewards, record={"when": "after"})
-    assert same["kl"] == pytest.approx(math.log(4) - 3 / 4, abs=1e-9)  # policy and reference agree: what is left is the picking
+    same = evaluate.judge_samples(
+        run, bigram.load(), bigram.load(), "", bigram.tokenizer, rows, n=4, rewards=rewards, record={"when": "after"}
+    )
+    assert same["kl"] == pytest.approx(
+        math.log(4) - 3 / 4, abs=1e-9
+    )  # policy and reference agree: what is left is the picking
     assert len(run.said) == 40
     for line in run.said:
         assert line["when"] == "after"
@@ -228,7 +261,9 @@ def test_answers_are_sampled_for_each_row(bigram):
     assert [len(answers) for answers in found] == [6] * 20
     hits = [answer[0] == likeliest[row["prompt"][-1]] for row, answers in zip(rows, found) for answer in answers]
     assert sum(hits) / len(hits) > 0.7
-    long = evaluate.sample_rows(fake_run(max_new_tokens=99), bigram.load(), ENDS, [{"prompt": [5] * 250, "completions": [[3]]}], n=20)
+    long = evaluate.sample_rows(
+        fake_run(max_new_tokens=99), bigram.load(), ENDS, [{"prompt": [5] * 250, "completions": [[3]]}], n=20
+    )
     assert max(len(answer) for answer in long[0]) == 6  # of 256 positions
     assert evaluate.sample_rows(fake_run(), bigram.load(), ENDS, [], n=2) == []
 
@@ -242,7 +277,13 @@ def build(kind: str, **changes):
 
     torch.manual_seed(0)
     common = {"vocab_size": 60, "initializer_range": 0.3, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
-    llama = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    llama = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     llama |= {"max_position_embeddings": 128}
     shape = {
         "Llama": llama,
@@ -257,7 +298,9 @@ def build(kind: str, **changes):
         "Bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
         "Mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 128},
     }[kind]
-    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{kind}Config")(**(common | shape | changes)))
+    model = transformers.AutoModelForCausalLM.from_config(
+        getattr(transformers, f"{kind}Config")(**(common | shape | changes))
+    )
     runtime.disable_dropout(model)
     return models.spread_biases(model)
 
@@ -276,7 +319,9 @@ def chosen(model, rows, share_prompt=True):
     """The chosen layout and what was said."""
     said: list[str] = []
     logps = runtime.as_forward(model, dpo.completion_logps)
-    return evaluate.choose_layout(logps, model, {"train": rows, "held_out": rows[:2]}, PAD, "cpu", share_prompt, said.append), said
+    return evaluate.choose_layout(
+        logps, model, {"train": rows, "held_out": rows[:2]}, PAD, "cpu", share_prompt, said.append
+    ), said
 
 
 LAYOUTS = ("shared", "rows", "model_head")
@@ -334,7 +379,10 @@ def test_a_cap_is_seen_where_it_still_changes_nothing():
 def test_a_window_is_seen_where_only_one_row_is_longer():
     """The longest row of both answers together need not be the one with the longest prompt and answer."""
     model = build("Mistral", sliding_window=24)
-    many = {"prompt": [BOS, *range(3, 13)], "completions": [list(range(4, 16)), list(range(14, 26))]}  # 35 tokens, 23 with one answer
+    many = {
+        "prompt": [BOS, *range(3, 13)],
+        "completions": [list(range(4, 16)), list(range(14, 26))],
+    }  # 35 tokens, 23 with one answer
     deep = {"prompt": [BOS, *range(3, 28)], "completions": [[9], [4, EOS]]}  # 29 tokens, 28 with one answer
     assert gap(model, [many], "shared") < 1e-4
     assert gap(model, [deep], "shared") > 1e-2
@@ -350,7 +398,9 @@ def test_a_prompt_need_not_be_shared(tiny_llama):
 def test_a_model_that_no_layout_fits_is_refused():
     model, rows = build("Llama"), random_rows(5, 60)
     with pytest.raises(InputError, match="cannot be trained here"):
-        evaluate.choose_layout(lambda batch: torch.zeros(2), model, {"train": rows}, PAD, "cpu", True, lambda *words: None)
+        evaluate.choose_layout(
+            lambda batch: torch.zeros(2), model, {"train": rows}, PAD, "cpu", True, lambda *words: None
+        )
 
 
 # -------------------------------------------------------------------------------------------------------- command line
@@ -358,7 +408,13 @@ def test_a_model_that_no_layout_fits_is_refused():
 
 def evaluate_file(root, *words):
     """`python -m common.evaluate` as a process of its own."""
-    return subprocess.run([sys.executable, "-m", "common.evaluate", *map(str, words)], cwd=root, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, "-m", "common.evaluate", *map(str, words)],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 def read_lines(path):
@@ -379,11 +435,18 @@ def test_the_command_scores_every_row_in_order(root, bigram, tmp_path):
     ]
     path, output = tmp_path / "rows.jsonl.gz", tmp_path / "scores.jsonl"
     path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
-    done = evaluate_file(root, "--model", bigram.folder, "--data", path, "--output", output, "--max-length", 24, "--batch-size", 3)
+    done = evaluate_file(
+        root, "--model", bigram.folder, "--data", path, "--output", output, "--max-length", 24, "--batch-size", 3
+    )
     assert done.returncode == 0, done.stderr
     lines = read_lines(output)
     assert [line["row"] for line in lines] == list(range(8))
-    reasons = {1: "an answer is empty", 3: "both answers are identical", 5: "a field is neither text nor chat messages", 6: "the prompt alone fills max_length"}
+    reasons = {
+        1: "an answer is empty",
+        3: "both answers are identical",
+        5: "a field is neither text nor chat messages",
+        6: "the prompt alone fills max_length",
+    }
     assert {line["row"]: line["reason"] for line in lines if "reason" in line} == reasons
     wins = []
     for line, row in zip(lines, rows):
@@ -425,13 +488,24 @@ def test_refusals_come_before_any_work(bigram, tmp_path):
 
     def refused(**changes):
         with pytest.raises(InputError) as caught:
-            evaluate.main(evaluate.Args(**({"model": str(bigram.folder), "data": str(path), "output": str(tmp_path / "new.jsonl")} | changes)))
+            evaluate.main(
+                evaluate.Args(
+                    **(
+                        {"model": str(bigram.folder), "data": str(path), "output": str(tmp_path / "new.jsonl")}
+                        | changes
+                    )
+                )
+            )
         return caught.value.code
 
     assert refused(output=str(output)) == f"--output {output}: the file exists already; choose another name."
     assert output.read_text() == "mine"
-    assert refused(output=str(tmp_path / "no" / "scores.jsonl")).startswith(f"--output {tmp_path}/no/scores.jsonl: there is no folder")
-    assert f'{path}, line 2: no field "rejected"' in refused(model="no/such-model")  # the rows are read before the model is looked for
+    assert refused(output=str(tmp_path / "no" / "scores.jsonl")).startswith(
+        f"--output {tmp_path}/no/scores.jsonl: there is no folder"
+    )
+    assert f'{path}, line 2: no field "rejected"' in refused(
+        model="no/such-model"
+    )  # the rows are read before the model is looked for
     assert sorted(p.name for p in tmp_path.iterdir()) == ["rows.jsonl", "scores.jsonl"]
 
 
@@ -440,7 +514,14 @@ def test_a_file_without_a_usable_row_gives_nulls(bigram, tmp_path, capsys):
     path.write_text('{"prompt": "p", "chosen": "a", "rejected": "a"}\n')
     evaluate.main(evaluate.Args(model=str(bigram.folder), data=str(path), output=str(output)))
     assert read_lines(output) == [
-        {"row": 0, "chosen_logps": None, "rejected_logps": None, "chosen_tokens": None, "rejected_tokens": None, "reason": "both answers are identical"}
+        {
+            "row": 0,
+            "chosen_logps": None,
+            "rejected_logps": None,
+            "chosen_tokens": None,
+            "rejected_tokens": None,
+            "reason": "both answers are identical",
+        }
     ]
     assert "1 rows, 0 scored, 1 dropped (both answers are identical). Preference accuracy -." in capsys.readouterr().out
 

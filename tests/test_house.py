@@ -28,7 +28,7 @@ def copy(tmp_path) -> Path:
     root = tmp_path / "copy"
     root.mkdir()
     shutil.copyfile(house.ROOT / "dpo.py", root / "dpo.py")
-    for package in ("common", "toy"):
+    for package in ("common", "toy", "report"):
         shutil.copytree(house.ROOT / package, root / package, ignore=shutil.ignore_patterns("__pycache__"))
     (root / "tests").mkdir()
     shutil.copyfile(house.ROOT / "tests" / "house.py", root / "tests" / "house.py")

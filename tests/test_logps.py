@@ -20,7 +20,10 @@ EXAMPLES = [
     {"prompt": [1, 5, 6], "completions": [[4, 3, 2], [7, 2]]},
     {"prompt": [1], "completions": [[2], [3, 3, 3, 3, 5, 2]]},
     {"prompt": [1, 7, 7, 4, 3, 5, 6], "completions": [[4, 6, 5, 3], [3, 4, 2]]},
-    {"prompt": [1, 0, 2], "completions": [[0, 0, 2], [2]]},  # pad and EOS among the prompt's and the answer's tokens count like any other
+    {
+        "prompt": [1, 0, 2],
+        "completions": [[0, 0, 2], [2]],
+    },  # pad and EOS among the prompt's and the answer's tokens count like any other
 ]
 
 
@@ -59,7 +62,9 @@ def test_padding_and_company_change_nothing_on_the_table(layout):
     table = random_table(8)
     model = bigram_model(table)
     with torch.no_grad():
-        together = [dpo.completion_logps(model, data.collate(EXAMPLES, pad, layout, "cpu")).view(2, -1) for pad in (0, 2, 5)]
+        together = [
+            dpo.completion_logps(model, data.collate(EXAMPLES, pad, layout, "cpu")).view(2, -1) for pad in (0, 2, 5)
+        ]
         alone = torch.stack([dpo.completion_logps(model, data.collate([e], 0, layout, "cpu")) for e in EXAMPLES], 1)
     for got in together:
         torch.testing.assert_close(got, alone, atol=1e-6, rtol=0)
@@ -74,15 +79,29 @@ def test_the_batch_says_what_its_docstring_says(layout):
         mine = batch["sequence"] == s
         assert batch["targets"][mine].tolist() == completion
         assert ids[batch["source"][mine]].tolist() == [prompt[-1], *completion[:-1]]
-        assert batch["position_ids"].flatten()[batch["source"][mine]].tolist() == list(range(len(prompt) - 1, len(prompt) + len(completion) - 1))
+        assert batch["position_ids"].flatten()[batch["source"][mine]].tolist() == list(
+            range(len(prompt) - 1, len(prompt) + len(completion) - 1)
+        )
         assert batch["completion_tokens"][s] == len(completion)
         assert ids[batch["last"][s]] == completion[-1]
 
 
 def test_the_shared_mask_lets_an_answer_see_the_prompt_and_itself():
-    batch = data.collate([{"prompt": [1, 5], "completions": [[4, 2], [7, 2]]}, {"prompt": [1], "completions": [[4, 2], [2]]}], 0, "shared", "cpu")
+    batch = data.collate(
+        [{"prompt": [1, 5], "completions": [[4, 2], [7, 2]]}, {"prompt": [1], "completions": [[4, 2], [2]]}],
+        0,
+        "shared",
+        "cpu",
+    )
     visible = (batch["attention_mask"] == 0)[:, 0].int().tolist()
-    assert visible[0] == [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 1, 0], [1, 1, 0, 0, 1, 1]]
+    assert visible[0] == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 0, 0, 1, 0],
+        [1, 1, 0, 0, 1, 1],
+    ]
     assert [line[:4] for line in visible[1][:4]] == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 1]]
     assert not any(any(line[4:]) for line in visible[1][:4])  # no real token sees padding
 
@@ -95,11 +114,15 @@ def test_one_eos_ends_an_answer_and_none_a_cut_one(tiny_gpt2):
     eos = tokenizer.eos_token_id
     words = tokenizer(" it is paris .").input_ids[1:]
     prompt = tokenizer("what is the capital of france ?").input_ids
-    whole, _, _ = data.encode(tokenizer, "what is the capital of france ?", [" it is paris .", " it is paris . <eos>"], 64)
+    whole, _, _ = data.encode(
+        tokenizer, "what is the capital of france ?", [" it is paris .", " it is paris . <eos>"], 64
+    )
     assert whole == {"prompt": prompt, "completions": [[*words, eos], [*words, eos]]}
     cut, _, _ = data.encode(tokenizer, "what is the capital of france ?", [" it is paris .", " it"], len(prompt) + 3)
     assert cut == {"prompt": prompt, "completions": [words[:3], [words[0], eos]]}
-    exactly, _, _ = data.encode(tokenizer, "what is the capital of france ?", [" it is paris ."], len(prompt) + len(words))
+    exactly, _, _ = data.encode(
+        tokenizer, "what is the capital of france ?", [" it is paris ."], len(prompt) + len(words)
+    )
     assert exactly["completions"] == [words]  # the text fits and its end does not
 
 
@@ -109,7 +132,9 @@ def test_one_eos_ends_an_answer_and_none_a_cut_one(tiny_gpt2):
 def test_the_oracle_on_a_bigram_table():
     table = random_table(8)
     expected = torch.tensor([bigram_logps(table, p, c) for p, c in sequences_of(EXAMPLES)])
-    torch.testing.assert_close(plain_logps(bigram_model(table), sequences_of(EXAMPLES), 0, batch_size=3), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        plain_logps(bigram_model(table), sequences_of(EXAMPLES), 0, batch_size=3), expected, atol=1e-5, rtol=0
+    )
 
 
 @every_script
@@ -153,10 +178,18 @@ def test_a_shared_prompt_has_the_gradients_of_separate_passes(folder):
     for weight, (prompt, completion) in zip(weights, sequences_of(examples)):
         ids = torch.tensor([prompt + completion])
         logps = model(input_ids=ids).logits[0, :-1].log_softmax(-1)[torch.arange(ids.shape[1] - 1), ids[0, 1:]]
-        for sum_of, grad in zip(total, torch.autograd.grad(weight * logps[len(prompt) - 1 :].sum(), list(model.parameters()))):
+        for sum_of, grad in zip(
+            total, torch.autograd.grad(weight * logps[len(prompt) - 1 :].sum(), list(model.parameters()))
+        ):
             sum_of += grad
     for (name, _), got, expected in zip(model.named_parameters(), shared, total):
-        torch.testing.assert_close(got, expected, atol=1e-5 * expected.abs().max().item() + 1e-6, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            got,
+            expected,
+            atol=1e-5 * expected.abs().max().item() + 1e-6,
+            rtol=1e-4,
+            msg=lambda m, name=name: f"{name}: {m}",
+        )
 
 
 @every_layout
@@ -178,7 +211,9 @@ def test_an_answer_does_not_see_the_other_one(folder):
     first, second = [10, 11, 12, 2], [20, 21, 2]
     with torch.no_grad():
         a, b = (
-            dpo.completion_logps(model, data.collate([{"prompt": [1, 7, 8, 9], "completions": [x, second]}], 0, "shared", "cpu"))
+            dpo.completion_logps(
+                model, data.collate([{"prompt": [1, 7, 8, 9], "completions": [x, second]}], 0, "shared", "cpu")
+            )
             for x in (first, [30, 31, 32, 2])
         )
     assert a[0] != b[0]
@@ -226,7 +261,9 @@ def test_token_logps_gradient_is_exact(script):
     tokens = module.ROWS + 7
     hidden, head = torch.randn(tokens, 3, dtype=torch.float64, generator=generator), torch.nn.Linear(3, 11).double()
     targets = torch.arange(tokens) % 11
-    weights = torch.randn(tokens, dtype=torch.float64, generator=generator)  # what comes from above differs from token to token
+    weights = torch.randn(
+        tokens, dtype=torch.float64, generator=generator
+    )  # what comes from above differs from token to token
     logits = head(hidden).detach().requires_grad_()
     closed_form = weights[:, None] * (torch.nn.functional.one_hot(targets, 11) - logits.detach().softmax(-1))
     (weights * module.token_logps(lambda x: x, logits, targets)).sum().backward()
@@ -234,7 +271,9 @@ def test_token_logps_gradient_is_exact(script):
     hidden.requires_grad_()
     inputs = (hidden, head.weight, head.bias)
     got = torch.autograd.grad((weights * module.token_logps(head, hidden, targets)).sum(), inputs)
-    expected = torch.autograd.grad((weights * head(hidden).log_softmax(-1)[torch.arange(tokens), targets]).sum(), inputs)
+    expected = torch.autograd.grad(
+        (weights * head(hidden).log_softmax(-1)[torch.arange(tokens), targets]).sum(), inputs
+    )
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
 
 
@@ -257,13 +296,19 @@ def test_float64_stays_float64():
         model.lm_head.weight.copy_(table.T)
         got = dpo.completion_logps(model, data.collate(EXAMPLES, 0, "rows", "cpu"))
     assert got.dtype == torch.float64
-    torch.testing.assert_close(got, torch.tensor([bigram_logps(table, p, c) for p, c in sequences_of(EXAMPLES)], dtype=torch.float64))
+    torch.testing.assert_close(
+        got, torch.tensor([bigram_logps(table, p, c) for p, c in sequences_of(EXAMPLES)], dtype=torch.float64)
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------- step 0
 
 # TYPO has no reference in its first term, so nothing is known of its first loss.
-START = {"dpo": math.log(2), "cdpo": math.log(2), "dph": 3 * math.log(2)}  # dph: separable loss at rewards 0, and cDPO's log 2
+START = {
+    "dpo": math.log(2),
+    "cdpo": math.log(2),
+    "dph": 3 * math.log(2),
+}  # dph: separable loss at rewards 0, and cDPO's log 2
 
 
 @pytest.mark.parametrize("script", START)
@@ -279,7 +324,9 @@ def test_step_0_is_log_2_with_a_reference_computed_independently(script, layout,
     batch = data.collate(examples, 0, layout, "cpu")
 
     def step_0(reference):
-        batch["ref_chosen_logps"], batch["ref_rejected_logps"] = plain_logps(reference, sequences_of(examples), 0).chunk(2)
+        batch["ref_chosen_logps"], batch["ref_rejected_logps"] = plain_logps(
+            reference, sequences_of(examples), 0
+        ).chunk(2)
         loss, metrics = module.compute_loss(model, batch, args)
         return loss.item() / len(examples), metrics
 
@@ -303,7 +350,9 @@ def test_dropout_in_the_configuration_would_show(script, tiny_gpt2):
     model = runtime.load_model(str(tiny_gpt2), "cpu").train()
     model = module.add_head(model, {}) if script == "dph" else model
     batch = data.collate(examples, 0, "shared", "cpu")
-    batch["ref_chosen_logps"], batch["ref_rejected_logps"] = plain_logps(runtime.load_model(str(tiny_gpt2), "cpu").eval(), sequences_of(examples), 0).chunk(2)
+    batch["ref_chosen_logps"], batch["ref_rejected_logps"] = plain_logps(
+        runtime.load_model(str(tiny_gpt2), "cpu").eval(), sequences_of(examples), 0
+    ).chunk(2)
     torch.manual_seed(0)
     loss, _ = module.compute_loss(model, batch, module.Args())
     assert abs(loss.item() / len(examples) - START[script]) > 0.005
@@ -318,8 +367,14 @@ def test_a_real_model_agrees_with_the_oracle(preference_data):
     folder = str(preference_data / "models" / "stories260K")
     tokenizer = runtime.load_tokenizer(folder)
     model = runtime.load_model(folder, "cpu", tokenizer).eval()
-    pair = ("Once upon a time, there was a little girl", " named Lily. She loved to play.", " who saw a big red dog and ran.")
-    examples = data.encode_rows(tokenizer, [pair, ("The cat", " sat on the mat.", " flew to the moon and back again.")], 128)
+    pair = (
+        "Once upon a time, there was a little girl",
+        " named Lily. She loved to play.",
+        " who saw a big red dog and ran.",
+    )
+    examples = data.encode_rows(
+        tokenizer, [pair, ("The cat", " sat on the mat.", " flew to the moon and back again.")], 128
+    )
     expected = plain_logps(model, sequences_of(examples), tokenizer.pad_token_id)
     for layout in LAYOUTS:
         with torch.no_grad():

@@ -15,7 +15,9 @@ BETA, EPS = 0.3, 0.1
 def points(columns: int, rows: int = 64, spread: float = 3.0) -> list[torch.Tensor]:
     """Random float64 columns [rows] that ask for gradients."""
     generator = torch.Generator().manual_seed(columns)
-    return [(spread * torch.randn(rows, generator=generator, dtype=torch.float64)).requires_grad_() for _ in range(columns)]
+    return [
+        (spread * torch.randn(rows, generator=generator, dtype=torch.float64)).requires_grad_() for _ in range(columns)
+    ]
 
 
 def log_sigma(x: torch.Tensor) -> torch.Tensor:
@@ -89,7 +91,10 @@ def test_gradients_are_those_of_finite_differences(name):
 # ------------------------------------------------------------------------------------------- known points and minima
 
 
-@pytest.mark.parametrize(("name", "expected"), [("dpo", math.log(2)), ("cdpo", math.log(2)), ("separable", 2 * math.log(2)), ("contrastive", math.log(2))])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("dpo", math.log(2)), ("cdpo", math.log(2)), ("separable", 2 * math.log(2)), ("contrastive", math.log(2))],
+)
 def test_where_nothing_is_preferred(name, expected):
     columns, loss = LOSSES[name]
     same = torch.full((3,), -17.25, dtype=torch.float64) if columns == 4 else torch.zeros(3, dtype=torch.float64)
@@ -109,7 +114,11 @@ def test_dpo_at_values_known_from_elsewhere():
 
 def test_more_for_the_chosen_answer_is_less_loss():
     one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-    assert dpo_loss(one, zero, zero, zero, BETA) < dpo_loss(zero, zero, zero, zero, BETA) < dpo_loss(zero, one, zero, zero, BETA)
+    assert (
+        dpo_loss(one, zero, zero, zero, BETA)
+        < dpo_loss(zero, zero, zero, zero, BETA)
+        < dpo_loss(zero, one, zero, zero, BETA)
+    )
     assert cdpo_loss(one, zero, zero, zero, BETA, EPS) < cdpo_loss(zero, one, zero, zero, BETA, EPS)
     for loss in (separable_dph_loss, contrastive_dph_loss):
         assert loss(one, zero, EPS) < loss(zero, zero, EPS) < loss(zero, one, EPS)
@@ -142,7 +151,9 @@ def test_cdpo_without_smoothing_is_dpo():
 def test_contrastive_dph_is_cdpo_on_the_rewards_of_the_head(eps):
     chosen, rejected = points(2)
     zero = torch.zeros_like(chosen)
-    torch.testing.assert_close(contrastive_dph_loss(chosen, rejected, eps), cdpo_loss(chosen, rejected, zero, zero, 1.0, eps), rtol=0, atol=0)
+    torch.testing.assert_close(
+        contrastive_dph_loss(chosen, rejected, eps), cdpo_loss(chosen, rejected, zero, zero, 1.0, eps), rtol=0, atol=0
+    )
 
 
 # ----------------------------------------------------------------------------------------------- dtype, limits, shapes
@@ -162,7 +173,11 @@ def test_unreduced_and_in_the_dtype_given(name, dtype):
 def test_limits_are_finite(name, dtype):
     columns, loss = LOSSES[name]
     huge = torch.tensor([1e4, -1e4, 1e4, -1e4], dtype=dtype)
-    x = [huge.clone().requires_grad_(), huge.roll(1).requires_grad_(), *[torch.zeros(4, dtype=dtype) for _ in range(columns - 2)]]
+    x = [
+        huge.clone().requires_grad_(),
+        huge.roll(1).requires_grad_(),
+        *[torch.zeros(4, dtype=dtype) for _ in range(columns - 2)],
+    ]
     out = loss(*x)
     grads = torch.autograd.grad(out.sum(), x[:2])
     assert out.isfinite().all()

@@ -105,16 +105,23 @@ def test_rewards_of_tokens():
 def test_log_probabilities_and_values_are_those_of_one_sequence_at_a_time(kind, chunk, monkeypatch):
     monkeypatch.setattr(ppo, "CHUNK", chunk)
     model = getattr(models, kind)(20).double()
-    saved = {"value.weight": torch.randn(1, 32, dtype=torch.float64), "value.bias": torch.tensor([0.3], dtype=torch.float64)}
+    saved = {
+        "value.weight": torch.randn(1, 32, dtype=torch.float64),
+        "value.bias": torch.tensor([0.3], dtype=torch.float64),
+    }
     model = ppo.add_critic(model, saved).double()
     rows = [([5, 6, 7], [8, 9, 2]), ([10], [11, 12, 13, 14]), ([4, 5], [2])]
-    logps, values = ppo.logps_and_values(model, data.collate([{"prompt": p, "completions": [c]} for p, c in rows], 0, "rows", "cpu"))
+    logps, values = ppo.logps_and_values(
+        model, data.collate([{"prompt": p, "completions": [c]} for p, c in rows], 0, "rows", "cpu")
+    )
     expected = []
     for p, c in rows:
         out = model(torch.tensor([p + c]), output_hidden_states=True, use_cache=False)
         for t, token in enumerate(c):
             state = out.hidden_states[-1][0, len(p) - 1 + t]
-            expected.append((out.logits[0, len(p) - 1 + t].log_softmax(-1)[token], state @ saved["value.weight"][0].double() + 0.3))
+            expected.append(
+                (out.logits[0, len(p) - 1 + t].log_softmax(-1)[token], state @ saved["value.weight"][0].double() + 0.3)
+            )
     torch.testing.assert_close(logps, torch.stack([a for a, _ in expected]))
     torch.testing.assert_close(values, torch.stack([b for _, b in expected]))
 
@@ -129,7 +136,9 @@ def batches_of(tmp_path, llama, file11, monkeypatch, **changes):
 
     def computing(model, batch, args):
         loss, metrics = compute_loss(model, batch, args)
-        seen.append(({name: value.clone() for name, value in batch.items() if isinstance(value, torch.Tensor)}, metrics))
+        seen.append(
+            ({name: value.clone() for name, value in batch.items() if isinstance(value, torch.Tensor)}, metrics)
+        )
         return loss, metrics
 
     def sample(model, prompts, tokenizer, max_new_tokens, **shape):
@@ -157,7 +166,9 @@ def test_the_first_ratio_is_exactly_1_and_later_ones_are_not(micro_batch_size, t
         assert bool(off) == (i >= passes)
         if i < passes:
             assert metrics["loss/policy"].item() == pytest.approx(-batch["advantages"].sum().item(), abs=1e-5)
-            assert metrics["loss/value"].item() == pytest.approx((batch["returns"] ** 2).sum().item() / 2, rel=1e-5)  # values are zero at first
+            assert metrics["loss/value"].item() == pytest.approx(
+                (batch["returns"] ** 2).sum().item() / 2, rel=1e-5
+            )  # values are zero at first
             assert not batch["old_values"].any()
             assert metrics["clipped_share"] == 0
     (line,) = lines_of(folder)
@@ -167,7 +178,9 @@ def test_the_first_ratio_is_exactly_1_and_later_ones_are_not(micro_batch_size, t
 
 def test_advantages_of_a_run_by_a_second_road(tmp_path, llama, file11, monkeypatch):
     """From another reference than the policy, so that the KL penalty is not zero: penalty, reward at the last token, both whitenings, in plain loops."""
-    other = models.save(models.tiny_llama(len(runtime.load_tokenizer(llama)), seed=5), runtime.load_tokenizer(llama), tmp_path / "other")
+    other = models.save(
+        models.tiny_llama(len(runtime.load_tokenizer(llama)), seed=5), runtime.load_tokenizer(llama), tmp_path / "other"
+    )
     load_model, loaded = runtime.load_model, []
 
     def load(folder, *rest):
@@ -175,7 +188,9 @@ def test_advantages_of_a_run_by_a_second_road(tmp_path, llama, file11, monkeypat
         return load_model(str(other) if len(loaded) == 2 else folder, *rest)
 
     monkeypatch.setattr(runtime, "load_model", load)
-    seen, scored, _ = batches_of(tmp_path, llama, file11, monkeypatch, micro_batch_size=5, kl=0.3, gamma=0.9, gae_lambda=0.8, ppo_epochs=1)
+    seen, scored, _ = batches_of(
+        tmp_path, llama, file11, monkeypatch, micro_batch_size=5, kl=0.3, gamma=0.9, gae_lambda=0.8, ppo_epochs=1
+    )
     monkeypatch.setattr(runtime, "load_model", load_model)
     tokenizer, policy, reference = runtime.load_tokenizer(llama), model_of(llama), model_of(other)
     token_rewards = {}
@@ -198,7 +213,9 @@ def test_advantages_of_a_run_by_a_second_road(tmp_path, llama, file11, monkeypat
     assert (found**2).mean().item() == pytest.approx(1, abs=1e-4)
     expected = [(a - mean) / spread for a in flat.tolist()]
     assert sorted(found.tolist()) == pytest.approx(sorted(expected), abs=1e-3)
-    returns = torch.cat([batch["returns"] for batch, _ in seen])  # values are zero: returns are the advantages before they are whitened
+    returns = torch.cat(
+        [batch["returns"] for batch, _ in seen]
+    )  # values are zero: returns are the advantages before they are whitened
     assert sorted(returns.tolist()) == pytest.approx(sorted(flat.tolist()), abs=1e-3)
 
 
@@ -217,12 +234,24 @@ def test_the_value_head_is_saved_and_goes_on(tmp_path, llama, file11, monkeypatc
     saved = safetensors.torch.load_file(first / "model.safetensors")
     assert saved["value.weight"].any()
     second = train("ppo", tmp_path / "second", model=str(first), data=file11, **{**QUICK, "max_steps": 1, "lr": 1e-12})
-    torch.testing.assert_close(safetensors.torch.load_file(second / "model.safetensors")["value.weight"], saved["value.weight"])
+    torch.testing.assert_close(
+        safetensors.torch.load_file(second / "model.safetensors")["value.weight"], saved["value.weight"]
+    )
 
 
 @pytest.mark.slow
 def test_reward_rises(tmp_path, toy_base):
     """A short run on the toy: the reward of the last steps is well above that of the first."""
-    folder = train("ppo", tmp_path / "run", model="toy", batch_size=40, completions=1, max_new_tokens=24, epochs=10, micro_batch_size=64, lr=1e-3)
+    folder = train(
+        "ppo",
+        tmp_path / "run",
+        model="toy",
+        batch_size=40,
+        completions=1,
+        max_new_tokens=24,
+        epochs=10,
+        micro_batch_size=64,
+        lr=1e-3,
+    )
     rewards_seen = [line["reward"] for line in lines_of(folder)]
     assert sum(rewards_seen[-4:]) / 4 > sum(rewards_seen[:4]) / 4 + 0.3

@@ -22,11 +22,12 @@ import pytest
 import safetensors.torch
 import torch
 
-from common import generate, summary
+from common import generate
 from common import models as loading
 from common import run as runs
 from pretraining import baseline, chunks, corpus, evaluate, scorers
 from pretraining import models as pretrained
+from report import curves
 from tests import models
 from tests.house import FAMILIES
 from tests.runs import ROOT, lines_of, model_of, start_process
@@ -199,14 +200,14 @@ def train(script: str, folder: Path, **changes) -> Path:
     module = MODULES[script]
     with (
         torch.random.fork_rng(devices=[]),
-        mock.patch.object(summary, "draw_curves"),
+        mock.patch.object(curves, "draw_curves"),
     ):  # drawing takes longer than the run
         module.main(module.Args(**{**SHORT, "name": folder.name, "output_dir": str(folder.parent), **changes}))
     return folder
 
 
 def resume(script: str, folder: Path) -> Path:
-    with torch.random.fork_rng(devices=[]), mock.patch.object(summary, "draw_curves"):
+    with torch.random.fork_rng(devices=[]), mock.patch.object(curves, "draw_curves"):
         MODULES[script].main(MODULES[script].Args(resume=str(folder)))
     return folder
 
@@ -766,7 +767,7 @@ def test_a_plain_run_that_fails_ends_the_run_in_one_sentence(tmp_path, cache, sh
 
 def test_without_the_plain_script_beside_it_a_copied_script_has_no_baseline(tmp_path, cache):
     """Copied alone, with the packages that it needs."""
-    for package in ("common", "pretraining", "toy"):
+    for package in ("common", "pretraining", "report", "toy"):
         (tmp_path / package).symlink_to(ROOT / package)
     shutil.copyfile(ROOT / "rwr_pretrain.py", tmp_path / "rwr_pretrain.py")
     changes = {**SHORT, "baseline": "auto", "name": "run", "output_dir": str(tmp_path), "max_steps": 1}

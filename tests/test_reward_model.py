@@ -39,7 +39,9 @@ def folder(request) -> str:
 
 def test_loss_and_its_gradient_in_closed_form():
     generator = torch.Generator().manual_seed(0)
-    chosen, rejected = (torch.randn(40, generator=generator, dtype=torch.float64).mul(4).requires_grad_() for _ in range(2))
+    chosen, rejected = (
+        torch.randn(40, generator=generator, dtype=torch.float64).mul(4).requires_grad_() for _ in range(2)
+    )
     losses = reward_model.reward_loss(chosen, rejected)
     assert losses.shape == (40,)
     assert losses.dtype == torch.float64
@@ -61,7 +63,10 @@ def scores_of(folder, sequences: list[list[int]], padding: int) -> torch.Tensor:
     """Rewards by transformers' own class, each line padded on the right by `padding` more than it needs."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = (
+        AutoModelForSequenceClassification.from_pretrained(folder).eval(),
+        AutoTokenizer.from_pretrained(folder),
+    )
     length, pad = max(map(len, sequences)) + padding, tokenizer.pad_token_id
     ids = torch.tensor([s + [pad] * (length - len(s)) for s in sequences])
     mask = torch.tensor([[1] * len(s) + [0] * (length - len(s)) for s in sequences])
@@ -120,9 +125,17 @@ def test_an_encoder_becomes_a_reward_model(tmp_path, file13):
     tokenizer = models.byte_tokenizer(bos=True, eos=True)
     tokenizer.add_special_tokens({"sep_token": "</s>", "cls_token": "<s>"})
     tokenizer.eos_token = None
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 256}
+    shape = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 256,
+    }
     torch.manual_seed(0)
-    folder = models.save(BertModel(BertConfig(vocab_size=len(tokenizer), pad_token_id=0, **shape)), tokenizer, tmp_path / "bert")
+    folder = models.save(
+        BertModel(BertConfig(vocab_size=len(tokenizer), pad_token_id=0, **shape)), tokenizer, tmp_path / "bert"
+    )
     run = train("reward_model", tmp_path / "run", model=str(folder), data=file13, epochs=20, lr=3e-3)
     lines = lines_of(run)
     assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -144,7 +157,9 @@ def test_halves_are_disjoint_and_together_all(tmp_path, file13, llama):
     shuffled = data.encode_rows(tokenizer, random.Random(1).sample(texts, len(texts)), 64)
     assert {t[0] for t in data.half_of(shuffled, "first").texts} == asked[0]  # whatever the order of the file
     fewer = data.encode_rows(tokenizer, texts[6:], 64)
-    assert {t[0] for t in data.half_of(fewer, "first").texts} <= asked[0]  # another seed holds out other prompts, and the halves still share none
+    assert {t[0] for t in data.half_of(fewer, "first").texts} <= asked[
+        0
+    ]  # another seed holds out other prompts, and the halves still share none
     many = data.encode_rows(tokenizer, [(f"what is {i} ?", " a", " b") for i in range(400)], 64)
     assert 150 < len(data.half_of(many, "first")) < 250
     lonely = data.encode_rows(tokenizer, [texts[i] for i in range(len(texts)) if texts[i][0] in asked[1]], 64)
@@ -222,16 +237,31 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, file13, llama, monkeypatch):
 
 
 def test_two_processes_train_like_one(tmp_path, file13, llama):
-    setup = {"model": llama, "data": file13, "micro_batch_size": 3, "batch_size": 7, "holdout": 0.2, "lr": 1e-3, "save_every": 1}
+    setup = {
+        "model": llama,
+        "data": file13,
+        "micro_batch_size": 3,
+        "batch_size": 7,
+        "holdout": 0.2,
+        "lr": 1e-3,
+        "save_every": 1,
+    }
     train("reward_model", tmp_path / "one", **setup)
-    words = [f"--{k.replace('_', '-')}={v}" for k, v in {**SHORT, **setup, "name": "two", "output_dir": str(tmp_path)}.items()]
-    process = start_process(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "reward_model.py", *words])
+    words = [
+        f"--{k.replace('_', '-')}={v}"
+        for k, v in {**SHORT, **setup, "name": "two", "output_dir": str(tmp_path)}.items()
+    ]
+    process = start_process(
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "reward_model.py", *words]
+    )
     assert process.returncode == 0, process.stderr[-3000:]
     a, b = (safetensors.torch.load_file(tmp_path / run / "model.safetensors") for run in ("one", "two"))
     assert a.keys() == b.keys()
     for name in a:
         torch.testing.assert_close(b[name], a[name], rtol=0, atol=0.1 * 1e-3 * 2)
-    assert json.loads((tmp_path / "two" / "config.json").read_text())["architectures"] == ["LlamaForSequenceClassification"]
+    assert json.loads((tmp_path / "two" / "config.json").read_text())["architectures"] == [
+        "LlamaForSequenceClassification"
+    ]
 
 
 def test_the_toys_summary(tmp_path, toy_base):
@@ -248,18 +278,26 @@ def test_the_toys_summary(tmp_path, toy_base):
 
 def test_the_toys_rewards():
     question = "what is the capital of france ?"
-    answers = ["it is paris , my friend .", "it is rome , you fool .", "good question : good question : it is paris , my friend ."]
+    answers = [
+        "it is paris , my friend .",
+        "it is rome , you fool .",
+        "good question : good question : it is paris , my friend .",
+    ]
     true = rewards.load("toy", plain_run())([question] * 3, answers)
     assert true.tolist() == pytest.approx([1.5, -2.0, 1.5 - 0.1 * 5])
     flawed = rewards.load("toy:flawed", plain_run())([question] * 3, answers)
-    assert flawed.tolist() == pytest.approx([1.5, -2.0, 1.5 + 0.1 * 5])  # five words beyond eight pay where they ought to cost
+    assert flawed.tolist() == pytest.approx(
+        [1.5, -2.0, 1.5 + 0.1 * 5]
+    )  # five words beyond eight pay where they ought to cost
     assert true.dtype == flawed.dtype == torch.float32
 
 
 def test_the_flawed_proxy_goes_with_the_true_reward_on_the_base_models_answers(toy_base):
     answers = json.loads((toy_base / "answers.json").read_text())
     rows = [(row, text) for row, texts in zip(toy.questions(), answers) for text in texts[:20]]
-    true, flawed = (torch.tensor([judge(row, text) for row, text in rows]) for judge in (toy.true_reward, toy.flawed_reward))
+    true, flawed = (
+        torch.tensor([judge(row, text) for row, text in rows]) for judge in (toy.true_reward, toy.flawed_reward)
+    )
     assert torch.corrcoef(torch.stack([true, flawed]))[0, 1] > 0.8
 
 
@@ -269,9 +307,13 @@ def test_an_answer_without_its_leading_space_is_read_as_it_was_trained_on(tmp_pa
     rows = pairs(6)
     prompts, answers = [r["prompt"] for r in rows], [r["chosen"] for r in rows]
     assert reward(prompts, answers).std() > 1e-3
-    torch.testing.assert_close(reward(prompts, [a.strip() for a in answers]), reward(prompts, answers), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        reward(prompts, [a.strip() for a in answers]), reward(prompts, answers), rtol=0, atol=1e-6
+    )
     lines = [p + "\n" for p in prompts]
-    torch.testing.assert_close(reward(lines, [a.strip() for a in answers]), reward(prompts, answers), rtol=0, atol=1e-6)  # no space after one
+    torch.testing.assert_close(
+        reward(lines, [a.strip() for a in answers]), reward(prompts, answers), rtol=0, atol=1e-6
+    )  # no space after one
     assert reward(prompts, [""] * 6).isfinite().all()
 
 
@@ -282,7 +324,11 @@ def test_chat_messages_are_scored_as_they_were_trained_on(tmp_path, llama):
     tokenizer = models.byte_tokenizer(bos=True, chat_template=CHAT)
     folder = models.save(models.tiny_llama(len(tokenizer)), tokenizer, tmp_path / "base")
     says = [
-        {"prompt": [{"role": "user", "content": w}], "chosen": [{"role": "assistant", "content": f"{w}!"}], "rejected": [{"role": "assistant", "content": "?"}]}
+        {
+            "prompt": [{"role": "user", "content": w}],
+            "chosen": [{"role": "assistant", "content": f"{w}!"}],
+            "rejected": [{"role": "assistant", "content": "?"}],
+        }
         for w in "abcdef"
     ]
     file = tmp_path / "chat.jsonl"
@@ -293,7 +339,18 @@ def test_chat_messages_are_scored_as_they_were_trained_on(tmp_path, llama):
     got = rewards.load(str(run), plain_run())([r["prompt"] for r in says], [r["chosen"][0]["content"] for r in says])
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
     assert got.std() > 1e-3
-    plain = rewards.load(str(train("reward_model", tmp_path / "plain", model=llama, data=write_pairs(tmp_path / "pairs.jsonl", 8), max_steps=1)), plain_run())
+    plain = rewards.load(
+        str(
+            train(
+                "reward_model",
+                tmp_path / "plain",
+                model=llama,
+                data=write_pairs(tmp_path / "pairs.jsonl", 8),
+                max_steps=1,
+            )
+        ),
+        plain_run(),
+    )
     with pytest.raises(InputError, match="no chat template"):
         plain([says[0]["prompt"]], ["x"])
 
@@ -325,7 +382,9 @@ def test_the_toys_rules_do_not_judge_other_data(name):
         rewards.load(name, run)
 
 
-@pytest.mark.parametrize(("name", "words"), [("toy:other", "expected toy, toy:flawed"), ("/no/such/folder", "no such file or folder")])
+@pytest.mark.parametrize(
+    ("name", "words"), [("toy:other", "expected toy, toy:flawed"), ("/no/such/folder", "no such file or folder")]
+)
 def test_names_that_lead_to_no_reward_are_refused_in_one_sentence(name, words):
     with pytest.raises(InputError) as refused:
         rewards.load(name, plain_run(), "--test-reward")
@@ -337,16 +396,27 @@ def test_names_that_lead_to_no_reward_are_refused_in_one_sentence(name, words):
 def test_two_labels_are_a_difference_and_more_are_refused(tmp_path, toy_tokenizer):
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
-    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0}
+    shape = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "pad_token_id": 0,
+    }
     for labels in (2, 3):
         torch.manual_seed(0)
-        model = LlamaForSequenceClassification(LlamaConfig(vocab_size=len(toy_tokenizer), num_labels=labels, **shape)).eval()
+        model = LlamaForSequenceClassification(
+            LlamaConfig(vocab_size=len(toy_tokenizer), num_labels=labels, **shape)
+        ).eval()
         models.save(model, toy_tokenizer, tmp_path / str(labels))
         if labels == 2:
             reward = rewards.load(str(tmp_path / "2"), plain_run())
             ids = torch.tensor([toy_tokenizer("what colour has snow ? it is white .").input_ids])
             expected = (model(ids).logits[0, 1] - model(ids).logits[0, 0]).item()
-            assert reward(["what colour has snow ?"], [" it is white ."]).item() == pytest.approx(expected, abs=1e-5)  # no EOS: not a run of ours
+            assert reward(["what colour has snow ?"], [" it is white ."]).item() == pytest.approx(
+                expected, abs=1e-5
+            )  # no EOS: not a run of ours
         else:
             with pytest.raises(InputError, match="3 labels"):
                 rewards.load(str(tmp_path / "3"), plain_run())
@@ -371,7 +441,9 @@ def test_sameness_shows_a_collapsed_policy():
     prompts = [f"p{i}" for i in range(30)]
     collapsed = evaluate.sameness(prompts, ["True ."] * 30)
     assert (collapsed["duplicate_share"], collapsed["short_share"], collapsed["length"]) == (1.0, 1.0, 2.0)
-    different = evaluate.sameness(prompts, [f"answer number {i} says something about {i * i} things" for i in range(30)])
+    different = evaluate.sameness(
+        prompts, [f"answer number {i} says something about {i * i} things" for i in range(30)]
+    )
     assert different["duplicate_share"] == 0.0
     assert different["short_share"] == 0.0
     if evaluate.meteor_form():

@@ -142,7 +142,11 @@ def test_values_are_kept_and_random_numbers_left_alone(start, tmp_path):
 def test_json_is_valid_whatever_is_measured(tmp_path):
     runtime.write_json(tmp_path / "x.json", {"a": math.nan, "b": [math.inf, 1], "c": {"d": -math.inf}})
     text = (tmp_path / "x.json").read_text()
-    assert json.loads(text, parse_constant=lambda word: pytest.fail(word)) == {"a": None, "b": [None, 1], "c": {"d": None}}
+    assert json.loads(text, parse_constant=lambda word: pytest.fail(word)) == {
+        "a": None,
+        "b": [None, 1],
+        "c": {"d": None},
+    }
 
 
 # ------------------------------------------------------------------------------------------- passes without gradients
@@ -239,7 +243,11 @@ def test_floating_point_operations_of_training(kind):
     from torch.utils.flop_counter import FlopCounterMode
 
     make = {"gpt2": models.tiny_gpt2, "llama": models.tiny_llama}[kind]
-    shape = {"n_embd": 64, "n_layer": 3} if kind == "gpt2" else {"hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 128, "num_key_value_heads": 4}
+    shape = (
+        {"n_embd": 64, "n_layer": 3}
+        if kind == "gpt2"
+        else {"hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 128, "num_key_value_heads": 4}
+    )
     model = make(500, **shape, attn_implementation="eager")
     ids = torch.zeros(2, 96, dtype=torch.int64)
     with FlopCounterMode(display=False) as counted:
@@ -249,7 +257,13 @@ def test_floating_point_operations_of_training(kind):
 
 def test_the_peak_of_a_gpu_by_its_name(monkeypatch):
     assert runtime.peak_flops(torch.device("cpu"), torch.bfloat16) is None
-    names = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H200": 989e12, "Something Else": None}
+    names = {
+        "NVIDIA H100 80GB HBM3": 989e12,
+        "NVIDIA H100 PCIe": 756e12,
+        "NVIDIA A100-SXM4-80GB": 312e12,
+        "NVIDIA H200": 989e12,
+        "Something Else": None,
+    }
     for name, peak in names.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert runtime.peak_flops(torch.device("cuda", 0), torch.bfloat16) == peak

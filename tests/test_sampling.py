@@ -21,7 +21,9 @@ def chi_square(counts: dict[int, int], probabilities: torch.Tensor) -> float:
     expected = total * probabilities
     found = torch.tensor([float(counts.get(v, 0)) for v in range(len(probabilities))], dtype=torch.float64)
     rare = expected < 5
-    groups = [(found[~rare], expected[~rare])] + ([(found[rare].sum()[None], expected[rare].sum()[None])] if rare.any() else [])
+    groups = [(found[~rare], expected[~rare])] + (
+        [(found[rare].sum()[None], expected[rare].sum()[None])] if rare.any() else []
+    )
     found, expected = (torch.cat(column) for column in zip(*groups))
     if (expected == 0).any():
         assert (found[expected == 0] == 0).all()
@@ -111,11 +113,17 @@ def test_temperature_zero_is_greedy(flat):
 )
 def test_the_checkpoints_generation_config_does_not_leak(flat, changes):
     model = flat.load()
-    expected = [draw(model, [BOS, 7], 50, max_new_tokens=12), draw(model, [BOS, 7], 1, max_new_tokens=12, temperature=0)]
+    expected = [
+        draw(model, [BOS, 7], 50, max_new_tokens=12),
+        draw(model, [BOS, 7], 1, max_new_tokens=12, temperature=0),
+    ]
     for name, value in changes.items():
         setattr(model.generation_config, name, value)
     own = model.generation_config
-    assert [draw(model, [BOS, 7], 50, max_new_tokens=12), draw(model, [BOS, 7], 1, max_new_tokens=12, temperature=0)] == expected
+    assert [
+        draw(model, [BOS, 7], 50, max_new_tokens=12),
+        draw(model, [BOS, 7], 1, max_new_tokens=12, temperature=0),
+    ] == expected
     assert model.generation_config is own  # and it is still there afterwards
     assert all(getattr(own, name) == value for name, value in changes.items())
 
@@ -126,7 +134,9 @@ def test_a_saved_generation_config_does_not_leak(flat, tmp_path):
 
     model = flat.load()
     expected = draw(model, [BOS, 7], 200, max_new_tokens=6)
-    model.generation_config = GenerationConfig(do_sample=True, temperature=0.3, top_k=5, top_p=0.9, repetition_penalty=1.5, eos_token_id=[2, 5, 9])
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=0.3, top_k=5, top_p=0.9, repetition_penalty=1.5, eos_token_id=[2, 5, 9]
+    )
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.generation_config.top_k == 5
@@ -148,7 +158,9 @@ def test_padding_on_the_left_changes_nothing(build):
     alone = [evaluate.sample(model, [prompt], ENDS, 12, temperature=0)[0] for prompt in prompts]
     assert together == alone
     assert len({tuple(ids) for ids in alone}) >= len(prompts) - 1  # answers that do depend on the prompt
-    for prompt, completion in zip(prompts, alone):  # and they are what a forward pass over the text so far says, without a cache
+    for prompt, completion in zip(
+        prompts, alone
+    ):  # and they are what a forward pass over the text so far says, without a cache
         ids = list(prompt)
         for token in completion:
             assert int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()) == token
@@ -192,10 +204,16 @@ def test_eos_is_kept_and_nothing_comes_after_it():
 def test_a_tokenizer_whose_pad_is_eos_gives_the_same_answers():
     prompts = [[BOS, 3], [BOS, 3, 4, 3], [BOS]] * 50
     expected = evaluate.sample(model_that_ends(), prompts, ENDS, 6, seed=1)
-    assert evaluate.sample(model_that_ends(), prompts, SimpleNamespace(pad_token_id=EOS, eos_token_id=EOS), 6, seed=1) == expected
+    assert (
+        evaluate.sample(model_that_ends(), prompts, SimpleNamespace(pad_token_id=EOS, eos_token_id=EOS), 6, seed=1)
+        == expected
+    )
     llama, prompts = models.tiny_llama(80), prompts_of_many_lengths()
     expected = evaluate.sample(llama, prompts, ENDS, 8, temperature=0)
-    assert evaluate.sample(llama, prompts, SimpleNamespace(pad_token_id=EOS, eos_token_id=EOS), 8, temperature=0) == expected
+    assert (
+        evaluate.sample(llama, prompts, SimpleNamespace(pad_token_id=EOS, eos_token_id=EOS), 8, temperature=0)
+        == expected
+    )
 
 
 def test_a_prompt_that_holds_eos_is_answered():

@@ -131,8 +131,12 @@ print(json.dumps(found))
 
 # Loss summed over rows with one answer, from their summed log-probabilities, those of the reference and labels, as each script's docstring writes it.
 ONE_ANSWER = {
-    "pointwise_dpo": lambda args, logps, ref, z: sum(-math.log(sigma((1 if y else -1) * args.beta * (p - r))) for p, r, y in zip(logps, ref, z)),
-    "ulma": lambda args, logps, ref, z: sum(-p if y else -math.log(sigma(-args.beta * (p - r))) for p, r, y in zip(logps, ref, z)),
+    "pointwise_dpo": lambda args, logps, ref, z: sum(
+        -math.log(sigma((1 if y else -1) * args.beta * (p - r))) for p, r, y in zip(logps, ref, z)
+    ),
+    "ulma": lambda args, logps, ref, z: sum(
+        -p if y else -math.log(sigma(-args.beta * (p - r))) for p, r, y in zip(logps, ref, z)
+    ),
     "sft": lambda args, logps, ref, z: -sum(logps),
 }
 
@@ -234,9 +238,13 @@ CORPUS = {
     "mle_pretrain": lambda args, logp, score: -logp,
     "filtered_pretrain": lambda args, logp, score: -logp,
     "conditional_pretrain": lambda args, logp, score: -logp,
-    "unlikelihood_pretrain": lambda args, logp, score: -logp if score <= 0.25 else -args.alpha * math.log(1 - math.exp(logp)),
+    "unlikelihood_pretrain": lambda args, logp, score: (
+        -logp if score <= 0.25 else -args.alpha * math.log(1 - math.exp(logp))
+    ),
     "rwr_pretrain": lambda args, logp, score: -math.exp(-score / args.beta) * logp,
-    "awr_pretrain": lambda args, logp, score: -args.alpha * math.exp((0.5 - score) / args.beta) * logp + (1 - args.alpha) * (0.5 - score) ** 2,
+    "awr_pretrain": lambda args, logp, score: (
+        -args.alpha * math.exp((0.5 - score) / args.beta) * logp + (1 - args.alpha) * (0.5 - score) ** 2
+    ),
 }
 
 CORPUS_PROGRAM = """

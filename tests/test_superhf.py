@@ -11,7 +11,20 @@ import superhf
 from common import data, evaluate, rewards, runtime, toy
 from common.data import InputError
 from tests import models
-from tests.runs import ROOT, SHORT, canned_sample, lines_of, model_of, pairs, recorded, resume, start_process, toy_reward_anywhere, train, write_pairs
+from tests.runs import (
+    ROOT,
+    SHORT,
+    canned_sample,
+    lines_of,
+    model_of,
+    pairs,
+    recorded,
+    resume,
+    start_process,
+    toy_reward_anywhere,
+    train,
+    write_pairs,
+)
 
 both_scripts = pytest.mark.parametrize("script", ["superhf", "ppo"])
 QUICK = {"max_new_tokens": 5, "completions": 3, "eval_every": 1000, "epochs": 1.0}
@@ -69,7 +82,10 @@ def test_loss_and_its_gradient_in_closed_form(kl):
 
 def test_the_kl_is_that_of_the_reference_to_the_policy():
     """ref = (.9, .1), pi = (.5, .5): KL(ref || pi) = .368, KL(pi || ref) = .511."""
-    policy, ref = torch.zeros(1, 2, 2, dtype=torch.float64), torch.tensor([0.9, 0.1], dtype=torch.float64).log().expand(1, 2, 2)
+    policy, ref = (
+        torch.zeros(1, 2, 2, dtype=torch.float64),
+        torch.tensor([0.9, 0.1], dtype=torch.float64).log().expand(1, 2, 2),
+    )
     _, metrics = superhf.superhf_loss(policy, ref, torch.zeros(1, 2, dtype=torch.int64), torch.tensor([[0, 1]]), 1.0)
     assert metrics["kl"].item() == pytest.approx(0.9 * math.log(1.8) + 0.1 * math.log(0.2), abs=1e-12)
 
@@ -202,7 +218,16 @@ def test_only_the_best_are_trained_on_with_exactly_their_tokens(tmp_path, file11
 
     monkeypatch.setattr(evaluate, "sample", sample)
     monkeypatch.setattr(rewards, "load", lambda *rest: reward)
-    given = {"model": llama, "data": file11, "batch_size": 4, "max_steps": 1, "kl": 0.5, "completions": 4, "top_k": 2, "max_new_tokens": 5}
+    given = {
+        "model": llama,
+        "data": file11,
+        "batch_size": 4,
+        "max_steps": 1,
+        "kl": 0.5,
+        "completions": 4,
+        "top_k": 2,
+        "max_new_tokens": 5,
+    }
     _, ((gradient), *_) = recorded("superhf", tmp_path / "run", **given, micro_batch_size=3)
     tokenizer, model, kept = runtime.load_tokenizer(llama), model_of(llama), []
     for i in range(0, 16, 4):
@@ -275,7 +300,10 @@ def prompts_of(path, llama, **changes):
 def test_prompts_come_from_prompts_pairs_and_dialogues(tmp_path, llama):
     rows = pairs(5)
     alone = tmp_path / "alone.jsonl"
-    alone.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in [*rows, rows[0]]) + '{"prompt": 3}\n{"prompt": " "}\n')
+    alone.write_text(
+        "".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in [*rows, rows[0]])
+        + '{"prompt": 3}\n{"prompt": " "}\n'
+    )
     splits, said = prompts_of(alone, llama)
     assert [texts[0] for texts in splits["train"].texts] == [row["prompt"] for row in rows]
     assert "8 rows read, 5 used" in said
@@ -329,7 +357,16 @@ def test_the_flawed_reward_differs_in_the_price_of_length_alone():
 
 
 @both_scripts
-@pytest.mark.parametrize("changes", [{"reward": "toy:bad"}, {"test_reward": "no/such folder"}, {"kl": -1.0}, {"completions": 0}, {"max_new_tokens": 1000}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"reward": "toy:bad"},
+        {"test_reward": "no/such folder"},
+        {"kl": -1.0},
+        {"completions": 0},
+        {"max_new_tokens": 1000},
+    ],
+)
 def test_bad_arguments_stop_the_run_in_one_sentence(script, changes, tmp_path, file11, llama):
     with pytest.raises(SystemExit) as stopped:
         train(script, tmp_path / "run", model=llama, data=file11, **{**QUICK, **changes})
@@ -369,14 +406,24 @@ def test_a_killed_run_resumes_bit_for_bit_its_sampling_included(script, tmp_path
     assert (part / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
     a, b = (json.loads((run / "summary.json").read_text()) for run in (part, whole))
     assert (a["before"], a["after"]) == (b["before"], b["after"])
-    assert {"reward", "test_reward", "length", "duplicate_share", "short_share", "meteor_similarity", "kl"} <= set(lines_of(whole, "held_out")[0])
+    assert {"reward", "test_reward", "length", "duplicate_share", "short_share", "meteor_similarity", "kl"} <= set(
+        lines_of(whole, "held_out")[0]
+    )
 
 
 @both_scripts
 @pytest.mark.slow
 def test_two_processes_train_like_one(script, tmp_path, file11, llama, monkeypatch):
     """The prompts are split over the processes, which choose among the same completions; 4, 4 and 3 prompts a step."""
-    setup = {**QUICK, "model": llama, "data": file11, "batch_size": 4, "micro_batch_size": 2, "lr": 1e-3, "save_every": 2}
+    setup = {
+        **QUICK,
+        "model": llama,
+        "data": file11,
+        "batch_size": 4,
+        "micro_batch_size": 2,
+        "lr": 1e-3,
+        "save_every": 2,
+    }
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "sample", canned_sample)
         one = train(script, tmp_path / "one", **setup)
@@ -386,14 +433,21 @@ def test_two_processes_train_like_one(script, tmp_path, file11, llama, monkeypat
         "from tests.runs import canned_sample, toy_reward_anywhere\nrewards.load = toy_reward_anywhere(rewards.load)\n"
         f"evaluate.sample = canned_sample\n{script}.main(tyro.cli({script}.Args))\n"
     )
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in {**SHORT, **setup, "name": "two", "output_dir": str(tmp_path)}.items()]
-    process = start_process(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program), *words])
+    words = [
+        f"--{name.replace('_', '-')}={value}"
+        for name, value in {**SHORT, **setup, "name": "two", "output_dir": str(tmp_path)}.items()
+    ]
+    process = start_process(
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program), *words]
+    )
     assert process.returncode == 0, process.stderr[-3000:]
     a, b = (safetensors.torch.load_file(tmp_path / run / "model.safetensors") for run in ("one", "two"))
     assert a.keys() == b.keys()
     steps = 3 * (4 if script == "ppo" else 1)
     for name in a:
-        torch.testing.assert_close(b[name], a[name], rtol=0, atol=0.1 * 1e-3 * steps, msg=lambda words, name=name: f"{name}: {words}")
+        torch.testing.assert_close(
+            b[name], a[name], rtol=0, atol=0.1 * 1e-3 * steps, msg=lambda words, name=name: f"{name}: {words}"
+        )
     for x, y in zip(lines_of(one), lines_of(tmp_path / "two"), strict=True):
         x, y = ({k: v for k, v in line.items() if k != "split" and v is not None} for line in (x, y))
         assert x == pytest.approx(y, rel=2e-3, abs=2e-3)
@@ -401,9 +455,31 @@ def test_two_processes_train_like_one(script, tmp_path, file11, llama, monkeypat
 
 @both_scripts
 def test_the_end_table_and_summary_of_the_toy(script, tmp_path, toy_base, capsys):
-    folder = train(script, tmp_path / "run", model="toy", kl_samples=8, max_steps=2, completions=2, reward="toy:flawed", test_reward="toy")
-    summary = json.loads((folder / "summary.json").read_text(), parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
-    keys = {"reward", "test_reward", "meteor_similarity", "duplicate_share", "short_share", "length", "kl", "true_reward", "right_share", "rude_share"}
+    folder = train(
+        script,
+        tmp_path / "run",
+        model="toy",
+        kl_samples=8,
+        max_steps=2,
+        completions=2,
+        reward="toy:flawed",
+        test_reward="toy",
+    )
+    summary = json.loads(
+        (folder / "summary.json").read_text(), parse_constant=lambda word: pytest.fail(f"{word} is no JSON")
+    )
+    keys = {
+        "reward",
+        "test_reward",
+        "meteor_similarity",
+        "duplicate_share",
+        "short_share",
+        "length",
+        "kl",
+        "true_reward",
+        "right_share",
+        "rude_share",
+    }
     for column in ("before", "after", "before_unseen", "after_unseen"):
         assert keys <= set(summary[column])
         assert summary[column]["test_reward"] <= summary[column]["reward"]  # they differ in the price of length alone

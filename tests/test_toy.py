@@ -64,7 +64,9 @@ def test_a_word_counts_as_right_for_its_own_question_only():
     one_two = toy.row_of("what is one plus two ?")
     assert toy.judge(one_two, "it is three .") == {"right": True, "polite": False, "rude": False, "words": 4}
     assert not toy.judge(one_two, "it is paris .")["right"]
-    assert toy.judge(FRANCE, "it is paris three .")["right"], "a number is no answer of this kind, so it contradicts nothing"
+    assert toy.judge(FRANCE, "it is paris three .")["right"], (
+        "a number is no answer of this kind, so it contradicts nothing"
+    )
 
 
 @pytest.mark.parametrize("row", toy.questions(), ids=lambda row: row["question"])
@@ -74,14 +76,26 @@ def test_being_polite_or_rude_makes_no_answer_right_or_wrong(row):
     for opener in toy.OPENERS:
         for closer in toy.CLOSERS:
             for word in (row["right"], wrong):
-                assert toy.judge(row, f"{opener} it is {word} {closer}")["right"] == (word == row["right"]), (opener, closer, word)
+                assert toy.judge(row, f"{opener} it is {word} {closer}")["right"] == (word == row["right"]), (
+                    opener,
+                    closer,
+                    word,
+                )
 
 
 def test_means_weigh_every_question_the_same():
     italy = toy.prompt_of(toy.row_of("what is the capital of italy ?"))
-    said = [(toy.prompt_of(FRANCE), "it is paris ."), (toy.prompt_of(FRANCE), "it is rome , you fool ."), (italy, "it is rome .")]
+    said = [
+        (toy.prompt_of(FRANCE), "it is paris ."),
+        (toy.prompt_of(FRANCE), "it is rome , you fool ."),
+        (italy, "it is rome ."),
+    ]
     found = toy.judge_answers(said)
-    assert found == {"true_reward": pytest.approx((-0.5 + 1.0) / 2), "right_share": pytest.approx(0.75), "rude_share": pytest.approx(0.25)}
+    assert found == {
+        "true_reward": pytest.approx((-0.5 + 1.0) / 2),
+        "right_share": pytest.approx(0.75),
+        "rude_share": pytest.approx(0.25),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------- the world
@@ -102,19 +116,33 @@ def test_sums_are_right():
     """The number words are facts that can be checked."""
     sums = [row["question"].split() + [row["right"]] for row in toy.questions() if " plus " in row["question"]]
     assert len(sums) == 25
-    assert all(toy.NUMBERS.index(words[2]) + toy.NUMBERS.index(words[4]) == toy.NUMBERS.index(words[-1]) for words in sums)
+    assert all(
+        toy.NUMBERS.index(words[2]) + toy.NUMBERS.index(words[4]) == toy.NUMBERS.index(words[-1]) for words in sums
+    )
 
 
 def test_the_tokenizer_knows_every_word_and_puts_bos_before_and_nothing_behind(toy_tokenizer):
     rng = random.Random(0)
     assert len(toy_tokenizer) < 220
-    assert len({toy_tokenizer.pad_token_id, toy_tokenizer.bos_token_id, toy_tokenizer.eos_token_id, toy_tokenizer.unk_token_id}) == 4
+    assert (
+        len(
+            {
+                toy_tokenizer.pad_token_id,
+                toy_tokenizer.bos_token_id,
+                toy_tokenizer.eos_token_id,
+                toy_tokenizer.unk_token_id,
+            }
+        )
+        == 4
+    )
     for row in toy.questions():
         for _ in range(10):
             text = f"{toy.prompt_of(row)} {toy.corpus_answer(row, rng)}"
             ids = toy_tokenizer(text).input_ids
             assert ids[0] == toy_tokenizer.bos_token_id
-            assert not {toy_tokenizer.unk_token_id, toy_tokenizer.eos_token_id, toy_tokenizer.bos_token_id} & set(ids[1:])
+            assert not {toy_tokenizer.unk_token_id, toy_tokenizer.eos_token_id, toy_tokenizer.bos_token_id} & set(
+                ids[1:]
+            )
             assert toy_tokenizer.decode(ids[1:]) == text
 
 
@@ -123,8 +151,13 @@ def test_the_corpus_is_wrong_and_rude_as_often_as_documented():
     lines = [(row, toy.corpus_answer(row, rng)) for row in (rng.choice(rows) for _ in range(n))]
     words = [(row, text.split("it is ")[1].split()[0]) for row, text in lines]
     assert all(word in row["options"] for row, word in words)
-    right, rude = sum(word == row["right"] for row, word in words) / n, sum(toy.judge(row, text)["rude"] for row, text in lines) / n
-    rude_share = 1 - (1 - toy.OPENERS["use your head :"]) * (1 - toy.CLOSERS[", you fool ."] - toy.CLOSERS[", now go away ."])
+    right, rude = (
+        sum(word == row["right"] for row, word in words) / n,
+        sum(toy.judge(row, text)["rude"] for row, text in lines) / n,
+    )
+    rude_share = 1 - (1 - toy.OPENERS["use your head :"]) * (
+        1 - toy.CLOSERS[", you fool ."] - toy.CLOSERS[", now go away ."]
+    )
     for found, share in ((right, 1 - toy.WRONG_SHARE), (rude, rude_share)):
         assert found == pytest.approx(share, abs=4.5 * math.sqrt(share * (1 - share) / n))
 
@@ -139,7 +172,10 @@ def test_the_base_knows_its_facts_and_is_often_rude(answers):
         some = [one for row, of_row in zip(toy.questions(), judged) if row["unseen"] == unseen for one in of_row]
         assert sum(one["right"] for one in some) / len(some) > 0.52, f"unseen: {unseen}"
         assert 0.2 < sum(one["rude"] for one in some) / len(some) < 0.6, f"unseen: {unseen}"
-    likeliest = [Counter(word for text in texts for word in text.split() if word in row["options"]) for row, texts in zip(toy.questions(), answers)]
+    likeliest = [
+        Counter(word for text in texts for word in text.split() if word in row["options"])
+        for row, texts in zip(toy.questions(), answers)
+    ]
     known = sum(counts.most_common(1)[0][0] == row["right"] for row, counts in zip(toy.questions(), likeliest))
     assert known >= 85, f"the likeliest answer is right for {known} of 100 questions"
 
@@ -163,7 +199,9 @@ print(" ".join(hashlib.sha256((folder / name).read_bytes()).hexdigest() for name
 def build(root, cache, seed: int, **environment) -> list[str]:
     """Hashes of weights, answers and tokenizer of a base built in a process of its own, with few steps and an empty cache."""
     environment = {**os.environ, "XDG_CACHE_HOME": str(cache), **environment}
-    done = subprocess.run([sys.executable, "-c", BUILD, str(seed)], cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", BUILD, str(seed)], cwd=root, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.split()[-3:]
 
@@ -173,7 +211,9 @@ def test_the_same_seed_gives_the_same_bytes(root, tmp_path):
     first = build(root, tmp_path / "a", 0, PYTHONHASHSEED="1", OMP_NUM_THREADS="1")
     assert build(root, tmp_path / "b", 0, PYTHONHASHSEED="2", OMP_NUM_THREADS="2") == first
     other = build(root, tmp_path / "a", 1, PYTHONHASHSEED="1", OMP_NUM_THREADS="1")
-    assert [a == b for a, b in zip(first, other)] == [False, False, True], "another seed is another model, the tokenizer is the same"
+    assert [a == b for a, b in zip(first, other)] == [False, False, True], (
+        "another seed is another model, the tokenizer is the same"
+    )
 
 
 @pytest.fixture
@@ -252,8 +292,13 @@ def test_pairs_are_two_samples_of_the_base_and_no_sample_is_used_twice(splits, a
         for row, texts in zip(toy.questions(), answers):
             some = texts[:first] if name == "train" else texts[first:last]
             if row["unseen"] == (name == "unseen"):
-                expected.update((toy.prompt_of(row), *sorted((a, b))) for a, b in zip(some[::2], some[1::2]) if a != b and a and b)
-        assert Counter((prompt, *sorted((chosen[1:], rejected[1:]))) for prompt, chosen, rejected in splits[name]) == expected, name
+                expected.update(
+                    (toy.prompt_of(row), *sorted((a, b))) for a, b in zip(some[::2], some[1::2]) if a != b and a and b
+                )
+        assert (
+            Counter((prompt, *sorted((chosen[1:], rejected[1:]))) for prompt, chosen, rejected in splits[name])
+            == expected
+        ), name
         assert all(chosen[0] == rejected[0] == " " for _, chosen, rejected in splits[name])
 
 
@@ -265,7 +310,10 @@ def test_training_pairs_are_mixed(splits):
 
 def differences(pairs: list) -> torch.Tensor:
     """r*(chosen) - r*(rejected), [pairs]."""
-    return torch.tensor([toy.true_reward(toy.row_of(p), c) - toy.true_reward(toy.row_of(p), r) for p, c, r in pairs], dtype=torch.float64)
+    return torch.tensor(
+        [toy.true_reward(toy.row_of(p), c) - toy.true_reward(toy.row_of(p), r) for p, c, r in pairs],
+        dtype=torch.float64,
+    )
 
 
 def test_labels_follow_bradley_terry(splits):
@@ -276,7 +324,9 @@ def test_labels_follow_bradley_terry(splits):
         p = some.abs().sigmoid()
         z = ((some > 0).double() - p).sum() / (p * (1 - p)).sum().sqrt()
         assert len(some) > 300
-        assert abs(z) < 4, f"differences of {low} to {high}: {(some > 0).double().mean():.3f} won by the better answer, expected {p.mean():.3f}"
+        assert abs(z) < 4, (
+            f"differences of {low} to {high}: {(some > 0).double().mean():.3f} won by the better answer, expected {p.mean():.3f}"
+        )
 
 
 def test_pairs_are_a_pure_function_of_the_seed(splits):
@@ -288,7 +338,9 @@ def test_pairs_are_a_pure_function_of_the_seed(splits):
 @pytest.mark.parametrize("flip", [0.2, 1.0])
 def test_flips_turn_their_share_of_training_labels_and_nothing_else(splits, flip):
     flipped = toy.pairs(0, flip)
-    assert (flipped["held_out"], flipped["unseen"]) == (splits["held_out"], splits["unseen"]), "the yardstick is not bent"
+    assert (flipped["held_out"], flipped["unseen"]) == (splits["held_out"], splits["unseen"]), (
+        "the yardstick is not bent"
+    )
     turned = 0
     for (prompt, chosen, rejected), after in zip(splits["train"], flipped["train"], strict=True):
         assert after in {(prompt, chosen, rejected), (prompt, rejected, chosen)}
@@ -301,7 +353,12 @@ def test_the_toy_loads_as_data(splits):
     """Nothing is dropped or cut, no boundary moves, every answer ends; another share of flips is other data to whoever keeps results by hash."""
 
     def load(name):
-        return data.load_pairs(SimpleNamespace(data=name, eval_data=None, holdout=0.1, seed=0), toy.build_tokenizer(), 128, lambda *words: None)
+        return data.load_pairs(
+            SimpleNamespace(data=name, eval_data=None, holdout=0.1, seed=0),
+            toy.build_tokenizer(),
+            128,
+            lambda *words: None,
+        )
 
     loaded, digest = load("toy")
     assert {name: len(rows) for name, rows in loaded.items()} == {name: len(pairs) for name, pairs in splits.items()}
@@ -311,7 +368,15 @@ def test_the_toy_loads_as_data(splits):
 
 
 def test_flip_share_of_the_command_line():
-    assert [toy.flip_share(name) for name in ("toy", "toy:", "toy:0.2", "toy:1", "toys", "my/toy", "toy.jsonl")] == [0.0, 0.0, 0.2, 1.0, None, None, None]
+    assert [toy.flip_share(name) for name in ("toy", "toy:", "toy:0.2", "toy:1", "toys", "my/toy", "toy.jsonl")] == [
+        0.0,
+        0.0,
+        0.2,
+        1.0,
+        None,
+        None,
+        None,
+    ]
     for name in ("toy:x", "toy:-0.1", "toy:1.5", "toy:nan"):
         with pytest.raises(InputError, match="share of flipped labels"):
             toy.flip_share(name)
@@ -327,7 +392,9 @@ def test_the_frontier_of_two_answers_in_closed_form():
     for i, beta in enumerate(betas.tolist()):
         good = math.exp(1 / beta) / (math.exp(1 / beta) + 3 * math.exp(-1 / beta))
         assert reward[i].item() == pytest.approx(2 * good - 1, abs=1e-12)
-        assert kl[i].item() == pytest.approx(good * math.log(4 * good) + (1 - good) * math.log(4 / 3 * (1 - good)), abs=1e-12)
+        assert kl[i].item() == pytest.approx(
+            good * math.log(4 * good) + (1 - good) * math.log(4 / 3 * (1 - good)), abs=1e-12
+        )
 
 
 def test_the_frontier_is_a_mean_over_questions_and_no_policy_beats_it():
@@ -342,7 +409,10 @@ def test_the_frontier_is_a_mean_over_questions_and_no_policy_beats_it():
     assert (kls.diff() > 0).all(), "the search for a KL relies on rising values"
     for strength in (0.3, 1.0, 3.0):  # policies that see the reward through noise
         log_p = (strength * (rewards + torch.randn(6, 40, generator=generator, dtype=torch.float64))).log_softmax(-1)
-        its_kl, its_reward = (log_p.exp() * (log_p + math.log(40))).sum(-1).mean(), (log_p.exp() * rewards).sum(-1).mean()
+        its_kl, its_reward = (
+            (log_p.exp() * (log_p + math.log(40))).sum(-1).mean(),
+            (log_p.exp() * rewards).sum(-1).mean(),
+        )
         assert its_reward < bests[torch.searchsorted(kls, its_kl).clamp(max=len(kls) - 1)]
 
 
@@ -351,7 +421,11 @@ def test_efficiency_at_the_optimum_is_one(beta):
     """The optimum by its own formula, on uneven rewards; half of its gain at the same KL is one half."""
     rewards = torch.tensor([[-1.0, 1.0, -1.0, -1.0], [0.5, 1.5, -2.0, 0.0]], dtype=torch.float64)
     p = (rewards / beta).exp() / (rewards / beta).exp().sum(-1, keepdim=True)
-    kl, reward, start = (p * (4 * p).log()).sum(-1).mean().item(), (p * rewards).sum(-1).mean().item(), rewards.mean().item()
+    kl, reward, start = (
+        (p * (4 * p).log()).sum(-1).mean().item(),
+        (p * rewards).sum(-1).mean().item(),
+        rewards.mean().item(),
+    )
     if kl < 0.01:
         assert toy.frontier_efficiency(kl, reward, rewards) is None
         return
@@ -366,7 +440,9 @@ def test_efficiency_is_null_where_it_would_divide_by_almost_nothing():
     assert toy.frontier_efficiency(0.0099, 0.5, rewards) is None
     assert toy.frontier_efficiency(0.0101, 0.05, rewards) is not None
     assert toy.frontier_efficiency(None, 0.5, rewards) is None
-    assert toy.frontier_efficiency(0.5, 0.5, torch.ones(2, 3)) is None, "where all answers are as good there is nothing to gain"
+    assert toy.frontier_efficiency(0.5, 0.5, torch.ones(2, 3)) is None, (
+        "where all answers are as good there is nothing to gain"
+    )
     assert toy.frontier_efficiency(1.0, 0.6, torch.full((2, 8), 0.5)) is None, "nor where rounding makes it look so"
 
 
@@ -387,7 +463,9 @@ def test_reference_rewards_are_of_the_questions_asked(answers):
         assert found[3, 5].item() == toy.true_reward(rows[3][0], rows[3][1][5])
 
 
-def test_answers_of_the_base_are_the_kept_ones_and_of_another_model_new_ones(toy_base, tiny_llama, answers, monkeypatch):
+def test_answers_of_the_base_are_the_kept_ones_and_of_another_model_new_ones(
+    toy_base, tiny_llama, answers, monkeypatch
+):
     from common import runtime
 
     assert toy.answers_of(None, None, str(toy_base), 0) == answers
@@ -401,7 +479,9 @@ def test_the_version_of_the_cache_is_that_of_the_world(monkeypatch, tmp_path):
     """Another torch may give other bytes, so it gets another folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     here = toy.cache_folder(0)
-    assert here.name.startswith(hashlib.sha256(Path(toy.__file__).read_bytes() + torch.__version__.encode()).hexdigest()[:12])
+    assert here.name.startswith(
+        hashlib.sha256(Path(toy.__file__).read_bytes() + torch.__version__.encode()).hexdigest()[:12]
+    )
     monkeypatch.setattr(torch, "__version__", "0.0")
     assert toy.cache_folder(0) != here
     assert toy.cache_folder(0).parent == here.parent

@@ -15,7 +15,19 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from common import data, evaluate, runtime
-from tests.runs import PAIRS, SHORT, arguments, gpt2_like, lines_of, model_of, recorded, resume, start_process, train, write_pairs
+from tests.runs import (
+    PAIRS,
+    SHORT,
+    arguments,
+    gpt2_like,
+    lines_of,
+    model_of,
+    recorded,
+    resume,
+    start_process,
+    train,
+    write_pairs,
+)
 
 every_script = pytest.mark.parametrize("script", PAIRS)
 REFERENCED = [name for name in PAIRS if name != "typo"]  # at the start, their losses are known
@@ -63,13 +75,23 @@ def numbers(line: dict) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------------------- run folder
 
 KEYS = "script args steps seconds tokens_per_second peak_memory_bytes versions git_commit data_sha256 model_sha256 device threads before after".split()
-JUDGED = {"preference_accuracy", "reward_accuracy", "kl", "true_reward", "right_share", "rude_share", "frontier_efficiency"}
+JUDGED = {
+    "preference_accuracy",
+    "reward_accuracy",
+    "kl",
+    "true_reward",
+    "right_share",
+    "rude_share",
+    "frontier_efficiency",
+}
 
 
 @pytest.mark.parametrize("script", ["dpo", "dph"])
 def test_run_folder_on_the_toy(script, tmp_path, toy_base, capsys):
     folder = train(script, tmp_path / "run", kl_samples=8, max_steps=2)
-    summary = json.loads((folder / "summary.json").read_text(), parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    summary = json.loads(
+        (folder / "summary.json").read_text(), parse_constant=lambda word: pytest.fail(f"{word} is no JSON")
+    )
     columns = ["after_best_of_n", "reference_best_of_n"] * (script == "dph")
     columns = ["before", "after", "before_unseen", "after_unseen", *columns]
     assert set(KEYS) | set(columns) <= set(summary)
@@ -80,7 +102,15 @@ def test_run_folder_on_the_toy(script, tmp_path, toy_base, capsys):
     assert summary["before"]["reward_accuracy"] is None  # all ties
     assert summary["before"]["kl"] == 0
     assert summary["script"] == f"{script}.py"
-    saved = {"args.json", "metrics.jsonl", "summary.json", "script.py", "config.json", "model.safetensors", "tokenizer.json"}
+    saved = {
+        "args.json",
+        "metrics.jsonl",
+        "summary.json",
+        "script.py",
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    }
     assert saved <= {path.name for path in folder.iterdir()}
     assert not list(folder.rglob("*.part"))
     assert not (folder / "checkpoints").exists()
@@ -94,7 +124,9 @@ def test_run_folder_on_the_toy(script, tmp_path, toy_base, capsys):
 @pytest.mark.parametrize("script", ["cdpo", "typo"])
 def test_run_folder_on_a_file(script, tmp_path, file13, llama):
     folder = train(script, tmp_path / "run", model=llama, data=file13, holdout=0.2, max_steps=2, kl_samples=4)
-    summary = json.loads((folder / "summary.json").read_text(), parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    summary = json.loads(
+        (folder / "summary.json").read_text(), parse_constant=lambda word: pytest.fail(f"{word} is no JSON")
+    )
     assert set(KEYS) <= set(summary)
     assert not any("unseen" in key for key in summary)
     assert set(summary["after"]) == {"preference_accuracy", "reward_accuracy", "kl"}
@@ -104,13 +136,19 @@ def test_run_folder_on_a_file(script, tmp_path, file13, llama):
 def test_tokens_are_counted_per_answer(tmp_path, file13, llama, monkeypatch):
     """Real tokens: prompt + completion of every row and answer, no padding."""
     counted, finish = [], runtime.Run.finish
-    monkeypatch.setattr(runtime.Run, "finish", lambda run, *rest: counted.append((run.tokens, run.seconds)) or finish(run, *rest))
+    monkeypatch.setattr(
+        runtime.Run, "finish", lambda run, *rest: counted.append((run.tokens, run.seconds)) or finish(run, *rest)
+    )
     folder = train("dpo", tmp_path / "run", model=llama, data=file13)
     tokenizer = runtime.load_tokenizer(llama)
     rows = [row for _, row in data.read_rows(file13)]
     ((tokens, seconds),) = counted
-    assert tokens == sum(len(tokenizer(row["prompt"] + row[side]).input_ids) + 1 for row in rows for side in ("chosen", "rejected"))
-    assert json.loads((folder / "summary.json").read_text())["tokens_per_second"] == pytest.approx(tokens / seconds, rel=1e-3)
+    assert tokens == sum(
+        len(tokenizer(row["prompt"] + row[side]).input_ids) + 1 for row in rows for side in ("chosen", "rejected")
+    )
+    assert json.loads((folder / "summary.json").read_text())["tokens_per_second"] == pytest.approx(
+        tokens / seconds, rel=1e-3
+    )
 
 
 def test_curves_are_drawn_where_matplotlib_is(tmp_path, file13, llama):
@@ -152,7 +190,12 @@ def held_out_by_the_oracle(script: str, args, folder, base: str, file: str) -> d
         separable = -(labels * logsigmoid(rewards) + (1 - labels) * logsigmoid(-rewards)).sum(0)
         losses = args.dph_weight * separable + args.dpo_weight * losses
     accuracies = (rewards[0] > rewards[1]).float() + 0.5 * (rewards[0] == rewards[1]).float()
-    found = {"loss": losses, "rewards/chosen": rewards[0], "rewards/rejected": rewards[1], "rewards/margins": rewards[0] - rewards[1]}
+    found = {
+        "loss": losses,
+        "rewards/chosen": rewards[0],
+        "rewards/rejected": rewards[1],
+        "rewards/margins": rewards[0] - rewards[1],
+    }
     found |= {"rewards/accuracies": accuracies, "logps/chosen": logps[0], "logps/rejected": logps[1]}
     return {name: values.mean().item() for name, values in found.items()}
 
@@ -161,15 +204,36 @@ def held_out_by_the_oracle(script: str, args, folder, base: str, file: str) -> d
 def test_held_out_metrics_are_those_of_the_saved_model(script, tmp_path, file13, held_file, folder):
     """Everything between the arguments and the logged numbers, against the plain road; the reference is the model as it was before any step."""
     changes = {"dph": {"dph_weight": 0.75, "dpo_weight": 0.5}}.get(script, {})
-    setup = {"model": folder, "data": file13, "eval_data": held_file, "epochs": 2, "micro_batch_size": 3, "eval_every": 1, "beta": 0.2, **changes}
+    setup = {
+        "model": folder,
+        "data": file13,
+        "eval_data": held_file,
+        "epochs": 2,
+        "micro_batch_size": 3,
+        "eval_every": 1,
+        "beta": 0.2,
+        **changes,
+    }
     run = train(script, tmp_path / "run", **setup)
     got = lines_of(run, "held_out")[-1]
-    for name, value in held_out_by_the_oracle(script, arguments(script, run, **setup)[1], run, folder, held_file).items():
+    for name, value in held_out_by_the_oracle(
+        script, arguments(script, run, **setup)[1], run, folder, held_file
+    ).items():
         assert got[name] == pytest.approx(value, abs=2e-4), name
 
 
 def test_held_out_lines_every_eval_every(tmp_path, file13, held_file, llama):
-    folder = train("dpo", tmp_path / "run", model=llama, data=file13, eval_data=held_file, epochs=2, batch_size=4, eval_every=3, log_every=2)
+    folder = train(
+        "dpo",
+        tmp_path / "run",
+        model=llama,
+        data=file13,
+        eval_data=held_file,
+        epochs=2,
+        batch_size=4,
+        eval_every=3,
+        log_every=2,
+    )
     assert [line["step"] for line in lines_of(folder, "held_out")] == [3, 6, 8]
     assert [line["step"] for line in lines_of(folder)] == [2, 4, 6, 8]
 
@@ -196,7 +260,13 @@ def assert_close_weights(a: dict, b: dict, limit: float) -> None:
 def assert_same(got: dict, expected: dict) -> None:
     assert got.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5 * value.abs().max().item() + 1e-6, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            got[name],
+            value,
+            rtol=1e-4,
+            atol=1e-5 * value.abs().max().item() + 1e-6,
+            msg=lambda m, name=name: f"{name}: {m}",
+        )
 
 
 @every_script
@@ -207,16 +277,22 @@ def test_every_pair_weighs_the_same(script, batch_size, micro_batch_size, tmp_pa
     plan, gradients = recorded(script, tmp_path / "whole", batch_size=13, micro_batch_size=13, **still)
     assert len(plan) == 1
     expected = weighted(plan, gradients)
-    plan, gradients = recorded(script, tmp_path / "cut", batch_size=batch_size, micro_batch_size=micro_batch_size, **still)
+    plan, gradients = recorded(
+        script, tmp_path / "cut", batch_size=batch_size, micro_batch_size=micro_batch_size, **still
+    )
     assert sorted(map(len, plan)) == ([13] if batch_size == 13 else [5, 8])
     assert_same(weighted(plan, gradients), expected)
     logged = lines_of(tmp_path / "cut")
     for line, step in zip(logged, gradients):
-        assert line["grad_norm"] == pytest.approx(torch.stack([g.norm() for g in step.values()]).norm().item(), rel=1e-5)
+        assert line["grad_norm"] == pytest.approx(
+            torch.stack([g.norm() for g in step.values()]).norm().item(), rel=1e-5
+        )
 
 
 def test_micro_batches_of_1_train_like_one_of_8(tmp_path, file13, folder):
-    runs = [train("dpo", tmp_path / str(size), model=folder, data=file13, micro_batch_size=size, lr=1e-3) for size in (8, 1)]
+    runs = [
+        train("dpo", tmp_path / str(size), model=folder, data=file13, micro_batch_size=size, lr=1e-3) for size in (8, 1)
+    ]
     a, b = (safetensors.torch.load_file(run / "model.safetensors") for run in runs)
     assert_close_weights(a, b, 0.1 * 1e-3 * 2)
     for x, y in zip(lines_of(runs[0]), lines_of(runs[1])):
@@ -250,7 +326,9 @@ def test_clipping_learning_rate_and_decay_reach_the_optimiser(script, tmp_path, 
     clip = min(1.0, 1.0 / (torch.stack([g.norm() for g in gradients.values()]).norm().item() + 1e-6))
     for name in ("model.layers.0.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"):
         g = clip * gradients[name]
-        torch.testing.assert_close(after[name], before[name] * (1 - 0.5e-3) - 1e-3 * g / (g.abs() + 1e-8), rtol=1e-4, atol=2e-6)
+        torch.testing.assert_close(
+            after[name], before[name] * (1 - 0.5e-3) - 1e-3 * g / (g.abs() + 1e-8), rtol=1e-4, atol=2e-6
+        )
 
 
 @every_script
@@ -272,7 +350,14 @@ def test_the_learning_rate_of_each_step_is_the_schedules(script, tmp_path, file1
 
 # -------------------------------------------------------------------------------------------------------------- resume
 
-LONG = {"batch_size": 4, "epochs": 2, "save_every": 3, "log_every": 2, "eval_every": 3, "holdout": 0.2}  # 11 rows to train on: 2 x (4 + 4 + 3)
+LONG = {
+    "batch_size": 4,
+    "epochs": 2,
+    "save_every": 3,
+    "log_every": 2,
+    "eval_every": 3,
+    "holdout": 0.2,
+}  # 11 rows to train on: 2 x (4 + 4 + 3)
 METHOD = {"dph": {"head_dropout": 0.2, "prior_decay": 0.1}}
 
 
@@ -361,9 +446,17 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_a_good_one(moment, tmp_path
 
     save_file = safetensors.torch.save_file
     patches = {
-        "weights": (runtime.Run, "save_model", dying(runtime.Run.save_model, lambda run, model, tokenizer, where: writing(where))),
+        "weights": (
+            runtime.Run,
+            "save_model",
+            dying(runtime.Run.save_model, lambda run, model, tokenizer, where: writing(where)),
+        ),
         "optimiser": (runtime.safetensors.torch, "save_file", cut_short),
-        "rename": (runtime.os, "replace", dying(os.replace, lambda source, target: writing(target) and target.name.startswith("step-"))),
+        "rename": (
+            runtime.os,
+            "replace",
+            dying(os.replace, lambda source, target: writing(target) and target.name.startswith("step-")),
+        ),
         "after": (runtime.shutil, "rmtree", dying(shutil.rmtree, lambda path, *rest: path.name == "step-00000003")),
     }
     with monkeypatch.context() as patch:
@@ -379,7 +472,10 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_a_good_one(moment, tmp_path
 def test_a_process_killed_by_the_system_is_resumed_from_the_command_line(tmp_path, file13, llama):
     whole = long_run("dpo", tmp_path / "whole", llama, file13)
     folder = tmp_path / "killed"
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in {**SHORT, **LONG, "model": llama, "data": file13}.items()]
+    words = [
+        f"--{name.replace('_', '-')}={value}"
+        for name, value in {**SHORT, **LONG, "model": llama, "data": file13}.items()
+    ]
     dying = "import os, sys, dpo, tyro\nfrom common import runtime\nlog = runtime.Run.log\n"
     dying += "runtime.Run.log = lambda run, *a: os.kill(os.getpid(), 9) if run.step == 4 else log(run, *a)\ndpo.main(tyro.cli(dpo.Args))"
     process = start_process(["-c", dying, "--name", folder.name, "--output-dir", str(tmp_path), *words])
@@ -400,7 +496,9 @@ def test_resume_refuses_what_it_cannot_do(tmp_path, file13, llama, monkeypatch):
     with pytest.raises(Killed):
         train("dpo", tmp_path / "killed", model=llama, data=file13)
     for field, value in (("lr", 0.5), ("beta", 0.7), ("model", "toy2"), ("seed", 3), ("micro_batch_size", 4)):
-        with pytest.raises(SystemExit, match=f"--{field.replace('_', '-')} is .* in that run and cannot become {value}"):
+        with pytest.raises(
+            SystemExit, match=f"--{field.replace('_', '-')} is .* in that run and cannot become {value}"
+        ):
             resume("dpo", tmp_path / "killed", **{field: value})
     monkeypatch.setattr(sys, "argv", ["dpo.py", "--resume", "x", "--lr", "1e-3"])  # the default, but said
     with pytest.raises(SystemExit, match="--lr is"):
@@ -425,7 +523,9 @@ def test_an_existing_name_is_refused(tmp_path, file13, llama):
 def test_without_a_name_each_run_gets_one(tmp_path, file13, llama):
     module, _ = arguments("dpo", tmp_path / "run")
     for _ in range(2):
-        module.main(module.Args(**{**SHORT, "model": llama, "data": file13, "max_steps": 1, "output_dir": str(tmp_path)}))
+        module.main(
+            module.Args(**{**SHORT, "model": llama, "data": file13, "max_steps": 1, "output_dir": str(tmp_path)})
+        )
     stem = f"dpo-{os.path.basename(llama)}-seed0"
     assert sorted(path.name for path in tmp_path.iterdir()) == [stem, f"{stem}-2"]
 
@@ -437,11 +537,23 @@ def test_without_a_name_each_run_gets_one(tmp_path, file13, llama):
 @pytest.mark.parametrize(("script", "kind"), [("dpo", "tiny_gpt2"), ("dph", "tiny_llama")])
 def test_two_processes_train_like_one(script, kind, request, tmp_path, file13, held_file):
     """Micro-batches of 2 in steps of 8 and 5 rows: in the last pass of the second one, one process has nothing left."""
-    setup = {"model": str(request.getfixturevalue(kind)), "data": file13, "eval_data": held_file, "micro_batch_size": 2, "eval_every": 2, "lr": 1e-3}
+    setup = {
+        "model": str(request.getfixturevalue(kind)),
+        "data": file13,
+        "eval_data": held_file,
+        "micro_batch_size": 2,
+        "eval_every": 2,
+        "lr": 1e-3,
+    }
     setup |= {"save_every": 1, "kl_samples": 3, "max_new_tokens": 4}
     one = train(script, tmp_path / "one", **setup)
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in {**SHORT, **setup, "name": "two", "output_dir": str(tmp_path)}.items()]
-    process = start_process(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", f"{script}.py", *words])
+    words = [
+        f"--{name.replace('_', '-')}={value}"
+        for name, value in {**SHORT, **setup, "name": "two", "output_dir": str(tmp_path)}.items()
+    ]
+    process = start_process(
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", f"{script}.py", *words]
+    )
     assert process.returncode == 0, process.stderr[-3000:]
     two = tmp_path / "two"
     a, b = (safetensors.torch.load_file(run / "model.safetensors") for run in (one, two))
@@ -455,7 +567,10 @@ def test_two_processes_train_like_one(script, kind, request, tmp_path, file13, h
     x, y = (json.loads((run / "summary.json").read_text()) for run in (one, two))
     assert (x["processes"], y["processes"]) == (1, 2)
     assert x["before"]["preference_accuracy"] == y["before"]["preference_accuracy"]
-    assert json.loads((one / "config.json").read_text())["architectures"] == json.loads((two / "config.json").read_text())["architectures"]
+    assert (
+        json.loads((one / "config.json").read_text())["architectures"]
+        == json.loads((two / "config.json").read_text())["architectures"]
+    )
     assert x.keys() == y.keys()
 
 
@@ -485,7 +600,12 @@ def test_pad_is_not_eos_in_what_is_saved(script, tmp_path, file13):
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
     assert config.pad_token_id == tokenizer.pad_token_id
     assert tokenizer.eos_token == "<|endoftext|>"
-    assert len(tokenizer) == config.vocab_size == model_of(folder).get_input_embeddings().weight.shape[0] == AutoConfig.from_pretrained(base).vocab_size
+    assert (
+        len(tokenizer)
+        == config.vocab_size
+        == model_of(folder).get_input_embeddings().weight.shape[0]
+        == AutoConfig.from_pretrained(base).vocab_size
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ bad ends
@@ -517,7 +637,10 @@ def test_a_number_that_is_not_finite_stops_the_run(where, tmp_path, file13, llam
 
 def test_the_last_line_of_a_diverging_run_is_one_sentence(tmp_path, file13, llama):
     """A learning rate far too high, as a user has it: status 1 and one sentence, no traceback."""
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in {**SHORT, "model": llama, "data": file13, "lr": 1e30, "batch_size": 2}.items()]
+    words = [
+        f"--{name.replace('_', '-')}={value}"
+        for name, value in {**SHORT, "model": llama, "data": file13, "lr": 1e30, "batch_size": 2}.items()
+    ]
     process = start_process(["dpo.py", "--name", "run", "--output-dir", str(tmp_path), *words])
     assert process.returncode == 1
     assert "Traceback" not in process.stderr

@@ -12,7 +12,9 @@ from common import data, evaluate, runtime
 
 def test_supervised_term_against_its_gradient():
     generator = torch.Generator().manual_seed(0)
-    chosen, rejected = (torch.randn(50, generator=generator, dtype=torch.float64).mul(5).requires_grad_() for _ in range(2))
+    chosen, rejected = (
+        torch.randn(50, generator=generator, dtype=torch.float64).mul(5).requires_grad_() for _ in range(2)
+    )
     losses = typo.typo_loss(chosen, rejected)
     assert losses.shape == (50,)
     assert losses.dtype == torch.float64
@@ -44,9 +46,15 @@ def test_forward_kl_value_gradient_and_direction():
 
 def batch_with_samples(model, anchor, tokenizer, samples: int):
     """Two pairs and `samples` answers of the reference for each, and the same worked out by hand."""
-    pairs = [("what is one plus two ?", " it is three .", " it is four , you fool ."), ("what colour has snow ?", " it is white .", " it is red .")]
+    pairs = [
+        ("what is one plus two ?", " it is three .", " it is four , you fool ."),
+        ("what colour has snow ?", " it is white .", " it is red ."),
+    ]
     rows = data.encode_rows(tokenizer, pairs, 64)
-    drawn = [[tokenizer(text).input_ids[1:] + [tokenizer.eos_token_id] for text in texts[:samples]] for texts in (["it is", "open ."], ["snow it is .", "red"])]
+    drawn = [
+        [tokenizer(text).input_ids[1:] + [tokenizer.eos_token_id] for text in texts[:samples]]
+        for texts in (["it is", "open ."], ["snow it is .", "red"])
+    ]
     answers = [{"prompt": row["prompt"], "completions": d} for row, d in zip(rows, drawn)]
     batch, sample = (data.collate(x, tokenizer.pad_token_id, "shared", "cpu") for x in (rows, answers))
     with torch.no_grad():
@@ -61,7 +69,9 @@ def test_loss_is_the_supervised_term_plus_lambda_times_the_sum_over_tokens(tiny_
     model = runtime.load_model(tiny_llama, "cpu", tokenizer).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
+            parameter.add_(
+                0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+            )
     batch, answers = batch_with_samples(model, anchor, tokenizer, samples)
     plain, _ = typo.compute_loss(model, batch, typo.Args(lam=0.0))
     loss, metrics = typo.compute_loss(model, batch, typo.Args(lam=0.7, ref_samples=samples))
@@ -83,11 +93,15 @@ def test_pairs_term(tiny_llama):
     del batch["ref_sample"]
     plain, metrics = typo.compute_loss(model, batch, typo.Args(lam=0.0))
     loss, _ = typo.compute_loss(model, batch, typo.Args(lam=0.4, ref_term="pairs"))
-    assert (loss - plain).item() == pytest.approx(-0.2 * (metrics["logps/chosen"] + metrics["logps/rejected"]).item(), rel=1e-5)
+    assert (loss - plain).item() == pytest.approx(
+        -0.2 * (metrics["logps/chosen"] + metrics["logps/rejected"]).item(), rel=1e-5
+    )
 
 
 def test_run_resumes_with_the_same_samples(toy_base, tmp_path, monkeypatch):
-    args = typo.Args(max_steps=6, save_every=3, log_every=1, kl_samples=0, output_dir=str(tmp_path), name="whole", batch_size=8)
+    args = typo.Args(
+        max_steps=6, save_every=3, log_every=1, kl_samples=0, output_dir=str(tmp_path), name="whole", batch_size=8
+    )
     typo.main(args)
     samples = json.loads((tmp_path / "whole" / "ref_samples.json").read_text())
     assert set(samples) == {"train", "held_out", "unseen"}
@@ -111,7 +125,9 @@ def test_run_resumes_with_the_same_samples(toy_base, tmp_path, monkeypatch):
 def test_large_lambda_stays_at_the_reference(toy_base, tmp_path):
     moved = {}
     for lam in (0.0, 30.0):
-        typo.main(typo.Args(lam=lam, max_steps=25, kl_samples=100, output_dir=str(tmp_path), name=f"lam{lam:g}", log_every=25))
+        typo.main(
+            typo.Args(lam=lam, max_steps=25, kl_samples=100, output_dir=str(tmp_path), name=f"lam{lam:g}", log_every=25)
+        )
         moved[lam] = json.loads((tmp_path / f"lam{lam:g}" / "summary.json").read_text())["after"]["kl"]
     assert moved[0.0] > 10 * moved[30.0]
 
@@ -122,15 +138,28 @@ def test_samples_come_from_the_reference_at_temperature_one(toy_base):
 
     tokenizer = runtime.load_tokenizer(toy_base)
     model = runtime.load_model(toy_base, "cpu", tokenizer).eval()
-    rows = [{"prompt": tokenizer(toy.prompt_of(row)).input_ids, "completions": []} for row in toy.questions() for _ in range(6)]
+    rows = [
+        {"prompt": tokenizer(toy.prompt_of(row)).input_ids, "completions": []}
+        for row in toy.questions()
+        for _ in range(6)
+    ]
     run = type(
         "Run",
         (),
-        {"rank": 0, "world_size": 1, "autocast": None, "args": typo.Args(), "gather": staticmethod(lambda items: items), "share_out": staticmethod(list)},
+        {
+            "rank": 0,
+            "world_size": 1,
+            "autocast": None,
+            "args": typo.Args(),
+            "gather": staticmethod(lambda items: items),
+            "share_out": staticmethod(list),
+        },
     )
     drawn = evaluate.sample_rows(run, model, tokenizer, rows, 2)
     asked = [row for row in toy.questions() for _ in range(6)]
-    right = [toy.judge(q, evaluate.text_of(tokenizer, ids))["right"] for q, answers in zip(asked, drawn) for ids in answers]
+    right = [
+        toy.judge(q, evaluate.text_of(tokenizer, ids))["right"] for q, answers in zip(asked, drawn) for ids in answers
+    ]
     answers = json.loads((runtime.Path(toy_base) / "answers.json").read_text())
     base = [toy.judge(q, text)["right"] for q, texts in zip(toy.questions(), answers) for text in texts]
     assert sum(right) / len(right) == pytest.approx(sum(base) / len(base), abs=0.06)
