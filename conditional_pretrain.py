@@ -348,9 +348,9 @@ def main(args: Args) -> None:
     shape = {"context": args.context, "samples": args.samples, "max_new_tokens": args.max_new_tokens}
     shape |= {"seed": args.seed, "autocast": run.autocast}
     teacher = evaluate.load_teacher(args.teacher, run.device, **shape)
-    asked = {"task": args.task, "scorer": scorer, "limit": args.limit, "documents": documents["held_out"]}
-    asked |= {"teacher": teacher, "rounds": args.red_team, "attacker": args.attacker}
-    evaluate_model = partial(evaluate.evaluate_model, **asked, **shape)
+    settings = {"task": args.task, "scorer": scorer, "limit": args.limit, "documents": documents["held_out"]}
+    settings |= {"teacher": teacher, "rounds": args.red_team, "attacker": args.attacker}
+    evaluate_model = partial(evaluate.evaluate_model, **settings, **shape)
     columns = baseline.column(plain_folder, evaluate_model, run.device)
     # [method]
     both = [good, bad]

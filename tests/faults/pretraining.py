@@ -60,8 +60,8 @@ METHODS = [
     Mutant(
         "control tokens dropped anew on resume",
         ("conditional_pretrain.py",),
-        'Random(f"{args.seed} {split}")',
-        "Random()",
+        "rng, id_of, ids = Random(seed), {",
+        "rng, id_of, ids = Random(), {",
         PRETRAIN + "test_an_interrupted_run_resumes_bit_for_bit",
     ),
     Mutant(
