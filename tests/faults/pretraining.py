@@ -111,8 +111,8 @@ TRUNK = [
     ),
     Mutant(
         "the bare product of a model that scales its logits",
-        CORPUS,
-        "for name, column in columns.items()} | output_layer",
+        ("pretraining/chunks.py",),
+        "for name, column in columns.items()} | more",
         "for name, column in columns.items()}",
         OWN_LAYER,
     ),
