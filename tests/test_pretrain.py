@@ -104,6 +104,22 @@ def test_chunked_logits_change_no_gradient(script, toy_tokenizer, monkeypatch):
             )
 
 
+@every_script
+def test_a_target_brings_its_own_score(script, toy_tokenizer):
+    """Not that of the position that predicts it: the first token of a chunk is no target."""
+    module, batch = MODULES[script], batch_of(len(toy_tokenizer))
+    model = models.tiny_gpt2(len(toy_tokenizer))
+    model = module.add_value_head(model, {}) if script == "awr_pretrain" else model
+    batch["scores"] = torch.zeros_like(batch["scores"])
+    batch["scores"][:, 0] = 1.0
+    losses, metrics = module.compute_loss(model, batch, **numbers_of(script))
+    assert metrics["bad_share"] == 0
+    batch["scores"][:, 0] = 0.0
+    assert module.compute_loss(model, batch, **numbers_of(script))[0] == losses
+    batch["scores"][:, -1] = 1.0
+    assert module.compute_loss(model, batch, **numbers_of(script))[1]["bad_share"] == 3
+
+
 def test_the_value_is_trained_by_the_squared_error_alone_and_so_is_the_backbone_through_it(toy_tokenizer):
     module, batch = MODULES["awr_pretrain"], batch_of(len(toy_tokenizer))
 

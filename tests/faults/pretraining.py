@@ -86,7 +86,7 @@ TRUNK = [
         CORPUS,
         'batch["scores"][:, 1:]',
         'batch["scores"][:, :-1]',
-        PRETRAIN + "test_the_first_loss_is_that_of_a_new_model_on_the_first_chunks",
+        PRETRAIN + "test_a_target_brings_its_own_score",
     ),
     Mutant(
         "a position predicts itself",
