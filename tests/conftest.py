@@ -1,4 +1,7 @@
-"""Fixtures that all tests share. Threads and telemetry are set before torch and transformers are imported."""
+"""Fixtures that all tests share.
+
+Threads and telemetry are set before torch and transformers are imported.
+"""
 
 import os
 import sys
@@ -37,7 +40,9 @@ def toy_base() -> Path:
 
 @pytest.fixture(scope="session")
 def toy_tokenizer():
-    """The toy's word-level tokenizer: a real fast tokenizer that puts BOS before every text, without the base model's training."""
+    """The toy's word-level tokenizer: a real fast tokenizer that puts BOS before every text,
+    without the base model's training.
+    """
     from toy import world
 
     return world.build_tokenizer()
@@ -45,13 +50,17 @@ def toy_tokenizer():
 
 @pytest.fixture(scope="session")
 def tiny_gpt2(tmp_path_factory, toy_tokenizer) -> Path:
-    """Folder of a random GPT-2 type of two layers with the toy's tokenizer; learned positions, dropout .1 as GPT-2 has it."""
+    """Folder of a random GPT-2 type of two layers with the toy's tokenizer; learned positions,
+    dropout .1 as GPT-2 has it.
+    """
     return models.save(models.tiny_gpt2(len(toy_tokenizer)), toy_tokenizer, tmp_path_factory.mktemp("models") / "gpt2")
 
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory, toy_tokenizer) -> Path:
-    """Folder of a random Llama type of two layers with the toy's tokenizer; rotary positions, grouped keys."""
+    """Folder of a random Llama type of two layers with the toy's tokenizer; rotary positions,
+    grouped keys.
+    """
     return models.save(
         models.tiny_llama(len(toy_tokenizer)), toy_tokenizer, tmp_path_factory.mktemp("models") / "llama"
     )
@@ -59,8 +68,9 @@ def tiny_llama(tmp_path_factory, toy_tokenizer) -> Path:
 
 @pytest.fixture(scope="session")
 def bigram(tmp_path_factory, toy_tokenizer) -> SimpleNamespace:
-    """A model whose log-probabilities are known exactly, with the toy's tokenizer: `table` [from, to] in nats (float64), `folder`, `tokenizer`,
-    `load()` for a fresh model, and `logps(prompt ids, completion ids)` for the exact summed log-probability.
+    """A model whose log-probabilities are known exactly, with the toy's tokenizer: `table` [from,
+    to] in nats (float64), `folder`, `tokenizer`, `load()` for a fresh model, and `logps(prompt ids,
+    completion ids)` for the exact summed log-probability.
     """
     table = models.random_table(len(toy_tokenizer), seed=0)
     folder = models.save(models.bigram_model(table), toy_tokenizer, tmp_path_factory.mktemp("models") / "bigram")

@@ -1,4 +1,6 @@
-"""Small models for tests: random ones of two layers, and a bigram model whose log-probabilities are known exactly."""
+"""Small models for tests: random ones of two layers, and a bigram model whose log-probabilities are
+known exactly.
+"""
 
 from pathlib import Path
 
@@ -18,7 +20,10 @@ def spread_biases(model, seed: int = 0):
 
 
 def tiny_gpt2(vocabulary: int, seed: int = 0, **changes):
-    """A random GPT-2 type, 2 layers of 32. Wide initial weights, so that attention, positions and masks matter to the logits."""
+    """A random GPT-2 type, 2 layers of 32.
+
+    Wide initial weights, so that attention, positions and masks matter to the logits.
+    """
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(seed)
@@ -43,16 +48,20 @@ def tiny_llama(vocabulary: int, seed: int = 0, **changes):
 
 
 def random_table(vocabulary: int, seed: int = 0, spread: float = 1.0) -> torch.Tensor:
-    """Log-probabilities [from, to] in nats, float64: row u is the distribution of the token after u."""
+    """Log-probabilities [from, to] in nats, float64: row u is the distribution of the token after
+    u.
+    """
     generator = torch.Generator().manual_seed(seed)
     return (spread * torch.randn(vocabulary, vocabulary, dtype=torch.float64, generator=generator)).log_softmax(-1)
 
 
 def bigram_model(table: torch.Tensor):
-    """A causal LM whose next-token distribution after token u is exactly `table[u]`, whatever stands before u.
+    """A causal LM whose next-token distribution after token u is exactly `table[u]`, whatever
+    stands before u.
 
-    A Llama type, so that it loads from a folder and takes position ids, 2-D and 4-D masks, caches and logits_to_keep like any other: its
-    embedding is one-hot, its one layer adds zero, its output layer holds the table.
+    A Llama type, so that it loads from a folder and takes position ids, 2-D and 4-D masks, caches
+    and logits_to_keep like any other: its embedding is one-hot, its one layer adds zero, its output
+    layer holds the table.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -94,7 +103,8 @@ def byte_tokenizer(
     merges: tuple = (("a", "b"), ("Ġ", "t"), ("Ċ", "Ċ")),
     chat_template: str | None = None,
 ):
-    """A byte-level BPE tokenizer in GPT-2's manner with few merges: every text has ids, and which tokens merge is plain to see.
+    """A byte-level BPE tokenizer in GPT-2's manner with few merges: every text has ids, and which
+    tokens merge is plain to see.
 
     Args:
         bos, eos: whether it puts <s> before, or </s> behind every text.

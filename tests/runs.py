@@ -1,4 +1,6 @@
-"""Short training runs for tests: a file of pairs in the toy's words, and a script's main() called in this process."""
+"""Short training runs for tests: a file of pairs in the toy's words, and a script's main() called
+in this process.
+"""
 
 import importlib
 import json
@@ -11,8 +13,9 @@ from unittest import mock
 
 import torch
 
-from common import batches, summary
+from common import batches
 from common import models as model_loading
+from report import curves
 from tests import models
 from toy import world
 
@@ -23,7 +26,9 @@ PAIRS = [
 
 
 def pairs(rows: int, seed: int = 0) -> list[dict]:
-    """Preference pairs in the toy's words, all prompts different; the chosen answer is the one with the larger true reward."""
+    """Preference pairs in the toy's words, all prompts different; the chosen answer is the one with
+    the larger true reward.
+    """
     rng, found = random.Random(seed), []
     for question in rng.sample(world.questions(), rows):
         texts: set[str] = set()
@@ -40,7 +45,21 @@ def write_pairs(path: Path, rows: int, seed: int = 0) -> str:
     return str(path)
 
 
-# Small and quick; each test names what it is about on top of these. No samples: they are the slow part of a short run.
+def lines_file(folder: Path, rows: list[dict], name: str = "rows.jsonl") -> str:
+    """A .jsonl of these rows; its path."""
+    path = folder / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+# A chat template that keeps every turn as it is.
+CHAT = (
+    "{{ '<s>' }}{% for m in messages %}{{ '[' + m.role + ']' + m.content + '</s>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
+)
+
+# Small and quick; each test names what it is about on top of these. No samples: they are the slow
+# part of a short run.
 SHORT = {
     "kl_samples": 0,
     "batch_size": 8,
@@ -64,7 +83,7 @@ def train(script: str, folder: Path, **changes) -> Path:
     module, args = arguments(script, folder, **changes)
     with (
         torch.random.fork_rng(devices=[]),
-        mock.patch.object(summary, "draw_curves"),
+        mock.patch.object(curves, "draw_curves"),
     ):  # drawing takes longer than the run
         module.main(args)
     return folder
@@ -73,13 +92,15 @@ def train(script: str, folder: Path, **changes) -> Path:
 def resume(script: str, folder: Path, **changes) -> Path:
     """Goes on with a run here."""
     module = importlib.import_module(script)
-    with torch.random.fork_rng(devices=[]), mock.patch.object(summary, "draw_curves"):
+    with torch.random.fork_rng(devices=[]), mock.patch.object(curves, "draw_curves"):
         module.main(module.Args(resume=str(folder), **changes))
     return folder
 
 
 def recorded(script: str, folder: Path, **changes) -> tuple[list[list[int]], list[dict[str, torch.Tensor]]]:
-    """Trains and returns the rows of each step and each step's gradient by parameter, before clipping."""
+    """Trains and returns the rows of each step and each step's gradient by parameter, before
+    clipping.
+    """
     plans, gradients, clip = [], [], torch.nn.utils.clip_grad_norm_
     plan_batches, load_model, loaded = batches.plan_batches, model_loading.load_model, []
 
@@ -115,6 +136,18 @@ def model_of(folder: Path | str):
     return model_loading.load_model(str(folder), "cpu").eval()
 
 
+def assert_close_weights(a: dict, b: dict, limit: float) -> None:
+    """Weights within `limit`, GPT-2's key biases left out: attention does not depend on them, so
+    their gradient is rounding alone, of which Adam makes steps as large as any other's.
+    """
+    for name in a:
+        gap = (a[name] - b[name]).abs()
+        if name.endswith("attn.c_attn.bias"):
+            query, _, value = gap.chunk(3)
+            gap = torch.cat([query, value])
+        assert gap.max() <= limit, name
+
+
 def start_process(words: list[str], cwd: Path = ROOT, timeout: float = 120) -> subprocess.CompletedProcess:
     """A command of the project in a process of its own, on one thread; its output as text."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -124,7 +157,9 @@ def start_process(words: list[str], cwd: Path = ROOT, timeout: float = 120) -> s
 
 
 def gpt2_like(folder: Path, **changes) -> str:
-    """A random GPT-2 with a tokenizer in GPT-2's manner: one special token that is BOS, EOS and UNK, and no pad token."""
+    """A random GPT-2 with a tokenizer in GPT-2's manner: one special token that is BOS, EOS and
+    UNK, and no pad token.
+    """
     from tokenizers import Tokenizer, decoders, pre_tokenizers
     from tokenizers import models as tokenizer_models
     from transformers import PreTrainedTokenizerFast
@@ -144,7 +179,9 @@ def gpt2_like(folder: Path, **changes) -> str:
 
 
 def canned_sample(model, prompts: list[list[int]], tokenizer, max_new_tokens: int, **shape) -> list[list[int]]:
-    """Stands for generate.sample: completions that depend on the prompt, and on how often it came before in this call, and on nothing else."""
+    """Stands for generate.sample: completions that depend on the prompt, and on how often it came
+    before in this call, and on nothing else.
+    """
     seen: dict[tuple, int] = {}
     drawn = []
     for prompt in prompts:
@@ -156,7 +193,9 @@ def canned_sample(model, prompts: list[list[int]], tokenizer, max_new_tokens: in
 
 
 def toy_reward_anywhere(load):
-    """Stands for rewards.models.load_reward: the toy's true reward also for a file of its questions, which a run would refuse, since a file could hold any prompt."""
+    """Stands for rewards.models.load_reward: the toy's true reward also for a file of its
+    questions, which a run would refuse, since a file could hold any prompt.
+    """
 
     def loading(name: str, data: str, *rest):
         if name == "toy" and data != "toy":

@@ -6,22 +6,20 @@ import io
 import json
 import random
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from common import data
-from common.data import InputError
+from common import InputError, batches, data, fields, files
 from tests import models
+from tests.runs import CHAT, lines_file
 
 BOS, EOS = 1, 2
-CHAT = (
-    "{{ '<s>' }}{% for m in messages %}{{ '[' + m.role + ']' + m.content + '</s>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
-)
-FORGETFUL = (  # thoughts of earlier turns vanish, and every turn is earlier once another follows: what reasoning models' templates do
-    "{% for m in messages %}{{ '[' + m.role + ']' + (m.content if loop.last else m.content.split('!')[-1]) }}{% endfor %}"
+# Thoughts of earlier turns vanish, and every turn is earlier once another follows: what reasoning
+# models' templates do.
+FORGETFUL = (
+    "{% for m in messages %}{{ '[' + m.role + ']' }}"
+    "{{ m.content if loop.last else m.content.split('!')[-1] }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
 )
 
@@ -50,14 +48,9 @@ def gpt2(preference_data):
     return AutoTokenizer.from_pretrained(preference_data / "tokenizers" / "gpt2")
 
 
-def lines_file(folder, rows, name="rows.jsonl"):
-    path = folder / name
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-def load_args(path, **changes):
-    return SimpleNamespace(**({"data": str(path), "eval_data": None, "holdout": 0.0, "seed": 0} | changes))
+def load(path, tokenizer, max_length=64, eval_data=None, holdout=0.0, say=lambda words: None):
+    """Pairs of a file."""
+    return data.load_pairs(str(path), eval_data, holdout, 0, tokenizer, max_length, say)
 
 
 def user(text):
@@ -70,19 +63,19 @@ def assistant(text):
 
 def pair(row):
     """The pair of a row that must be usable."""
-    found, reason = data.pair_of_row("file, line 1", row)
+    found, reason = fields.pair_of_row("file, line 1", row)
     assert reason is None, reason
     return found
 
 
 def reason_of(row):
     """The reason for which a row is dropped."""
-    found, reason = data.pair_of_row("file, line 1", row)
+    found, reason = fields.pair_of_row("file, line 1", row)
     assert found is None
     return reason
 
 
-# --------------------------------------------------------------------------------------------------------- row formats
+# -- row formats
 
 
 def test_plain_rows_are_taken_as_they_are():
@@ -183,29 +176,29 @@ def test_unusable_rows_are_dropped_with_a_reason(row, reason):
     assert reason_of(row) == reason
 
 
-# -------------------------------------------------------------------------------------------------------- text to tokens
+# -- text to tokens
 
 
 def test_a_token_across_the_boundary_moves_it_left_in_both_answers(plain):
     ids = plain.convert_tokens_to_ids
-    example, reason, moved = data.encode(plain, "xa", ["bc", "d"], 64)
+    example, reason, moved = data.encode_row(plain, "xa", ["bc", "d"], 64)
     assert reason is None
     assert moved
     assert example == {"prompt": ids(["x"]), "completions": [[*ids(["ab", "c"]), EOS], [*ids(["a", "d"]), EOS]]}
-    example, _, moved = data.encode(plain, "xa", ["cb", "d"], 64)  # nothing merges: nothing moves
+    example, _, moved = data.encode_row(plain, "xa", ["cb", "d"], 64)  # nothing merges: nothing moves
     assert not moved
     assert example == {"prompt": ids(["x", "a"]), "completions": [[*ids(["c", "b"]), EOS], [*ids(["d"]), EOS]]}
 
 
 def test_a_merge_with_the_first_token_leaves_no_prompt(plain, with_bos):
-    assert data.encode(plain, "a", ["b", "c"], 64) == (None, "prompt and answers share no token", False)
-    example, _, moved = data.encode(with_bos, "a", ["b", "c"], 64)
+    assert data.encode_row(plain, "a", ["b", "c"], 64) == (None, "prompt and answers share no token", False)
+    example, _, moved = data.encode_row(with_bos, "a", ["b", "c"], 64)
     assert moved
     assert example["prompt"] == [BOS]  # where there is a BOS, it is the prompt
 
 
 def test_the_real_gpt2_tokenizer_merges_across_the_boundary(gpt2):
-    example, _, moved = data.encode(gpt2, "Is it? Answer: ", ["yes", "no way"], 64)
+    example, _, moved = data.encode_row(gpt2, "Is it? Answer: ", ["yes", "no way"], 64)
     assert moved
     assert example["prompt"] == gpt2("Is it? Answer:").input_ids
     assert example["completions"] == [gpt2(" yes").input_ids + [50256], gpt2(" no way").input_ids + [50256]]
@@ -213,7 +206,7 @@ def test_the_real_gpt2_tokenizer_merges_across_the_boundary(gpt2):
         gpt2("Is it? Answer: yes").input_ids == example["prompt"] + example["completions"][0][:-1]
     )  # no separate tokenisation
     # only one answer merges with the prompt, and the boundary moves for both
-    example, _, moved = data.encode(gpt2, "go in", ["side", ", out"], 64)
+    example, _, moved = data.encode_row(gpt2, "go in", ["side", ", out"], 64)
     assert moved
     assert example["prompt"] == gpt2("go").input_ids
     assert example["completions"] == [gpt2(" inside").input_ids + [50256], gpt2(" in, out").input_ids + [50256]]
@@ -224,7 +217,7 @@ def test_the_real_gpt2_tokenizer_merges_across_the_boundary(gpt2):
 def test_prompt_and_completion_are_the_reading_of_the_whole_text(prompt, bos):
     tokenizer = models.byte_tokenizer(bos=bos)
     answers = [" the table", "\n\nb", "ab", "t"]
-    example, _, _ = data.encode(tokenizer, prompt, answers, 99)
+    example, _, _ = data.encode_row(tokenizer, prompt, answers, 99)
     for answer, completion in zip(answers, example["completions"]):
         assert example["prompt"] + completion == [*tokenizer(prompt + answer).input_ids, EOS]
     ids = [*example["prompt"], *(i for completion in example["completions"] for i in completion)]
@@ -233,7 +226,7 @@ def test_prompt_and_completion_are_the_reading_of_the_whole_text(prompt, bos):
 
 def test_eos_exactly_once_and_none_where_cut(with_bos):
     def completion(answer, max_length=64, tokenizer=with_bos):
-        return data.encode(tokenizer, "x", [answer, "zz"], max_length)[0]["completions"][0]
+        return data.encode_row(tokenizer, "x", [answer, "zz"], max_length)[0]["completions"][0]
 
     c, d = with_bos.convert_tokens_to_ids(["c", "d"])
     assert completion("cd") == [c, d, EOS]
@@ -247,16 +240,16 @@ def test_eos_exactly_once_and_none_where_cut(with_bos):
 
 def test_a_tokenizer_that_appends_eos_moves_no_boundary():
     tokenizer = models.byte_tokenizer(bos=True, eos=True)
-    example, _, moved = data.encode(tokenizer, "x", ["c", "d"], 64)
+    example, _, moved = data.encode_row(tokenizer, "x", ["c", "d"], 64)
     assert not moved
     assert example["prompt"] == [BOS, *tokenizer.convert_tokens_to_ids(["x"])]
-    assert data.encode(tokenizer, "xa", ["b", "d"], 64)[2]  # a merge still is one
+    assert data.encode_row(tokenizer, "xa", ["b", "d"], 64)[2]  # a merge still is one
 
 
 def test_a_prompt_that_fills_max_length_is_refused_and_never_cut(with_bos):
-    assert data.encode(with_bos, "12345", ["c", "d"], 6) == (None, "the prompt alone fills max_length", False)
-    assert data.encode(with_bos, "12345", ["c", "d"], 3)[1] == "the prompt alone fills max_length"
-    example, reason, _ = data.encode(with_bos, "12345", ["c", "dd"], 7)
+    assert data.encode_row(with_bos, "12345", ["c", "d"], 6) == (None, "the prompt alone fills max_length", False)
+    assert data.encode_row(with_bos, "12345", ["c", "d"], 3)[1] == "the prompt alone fills max_length"
+    example, reason, _ = data.encode_row(with_bos, "12345", ["c", "dd"], 7)
     assert reason is None
     assert [len(example["prompt"]), *map(len, example["completions"])] == [
         6,
@@ -267,7 +260,7 @@ def test_a_prompt_that_fills_max_length_is_refused_and_never_cut(with_bos):
 
 def test_chat_template_ids_have_one_bos_one_eos_and_keep_the_prompt(chat):
     prompt, answer, other = [user("hi")], [assistant("yo")], [assistant("no, bye")]
-    example, reason, moved = data.encode(chat, prompt, [answer, other], 99)
+    example, reason, moved = data.encode_row(chat, prompt, [answer, other], 99)
     assert (reason, moved) == (None, False)
     assert chat.decode(example["prompt"]) == "<s>[user]hi</s>\n[assistant]"
     assert [chat.decode(ids) for ids in example["completions"]] == [
@@ -281,12 +274,12 @@ def test_chat_template_ids_have_one_bos_one_eos_and_keep_the_prompt(chat):
 
 def test_a_template_without_eos_gets_one():
     tokenizer = models.byte_tokenizer(chat_template=CHAT.replace("</s>", ".").replace("{{ '<s>' }}", ""))
-    example, _, _ = data.encode(tokenizer, [user("hi")], [[assistant("yo")], [assistant("no")]], 99)
+    example, _, _ = data.encode_row(tokenizer, [user("hi")], [[assistant("yo")], [assistant("no")]], 99)
     assert [tokenizer.decode(ids) for ids in example["completions"]] == ["yo.\n</s>", "no.\n</s>"]
 
 
 def test_cut_chat_answers_have_no_eos(chat):
-    example, _, _ = data.encode(
+    example, _, _ = data.encode_row(
         chat, [user("hi")], [[assistant("yo yo")], [assistant("no")]], len("<[user]hi<\n[assistant]") + 3
     )
     assert [chat.decode(ids) for ids in example["completions"]] == ["yo ", "no</s>"]
@@ -294,17 +287,17 @@ def test_cut_chat_answers_have_no_eos(chat):
 
 def test_a_template_that_rewrites_the_past_is_refused():
     tokenizer = models.byte_tokenizer(chat_template=FORGETFUL)
-    kept = data.encode(tokenizer, [user("hi")], [[assistant("yo")], [assistant("no")]], 99)
+    kept = data.encode_row(tokenizer, [user("hi")], [[assistant("yo")], [assistant("no")]], 99)
     assert kept[1] is None
-    refused = data.encode(tokenizer, [user("think! hi")], [[assistant("yo")], [assistant("no")]], 99)
+    refused = data.encode_row(tokenizer, [user("think! hi")], [[assistant("yo")], [assistant("no")]], 99)
     assert refused == (None, "the chat template does not keep the prompt's tokens when an answer follows", False)
 
 
 def test_templates_that_are_missing_or_raise_refuse_the_row(plain):
     messages = ([user("hi")], [[assistant("yo")], [assistant("no")]])
-    assert data.encode(plain, *messages, 99)[1] == "chat messages, but the tokenizer has no chat template"
+    assert data.encode_row(plain, *messages, 99)[1] == "chat messages, but the tokenizer has no chat template"
     strict = models.byte_tokenizer(chat_template="{{ raise_exception('System role not supported') }}")
-    assert data.encode(strict, *messages, 99) == (
+    assert data.encode_row(strict, *messages, 99) == (
         None,
         "the chat template refuses the messages: System role not supported",
         False,
@@ -313,10 +306,10 @@ def test_templates_that_are_missing_or_raise_refuse_the_row(plain):
 
 def test_real_dialogues_are_cut_where_the_answers_begin(preference_data):
     for name in ("hh_harmless_base", "hh_helpful_base"):
-        found = data.read_rows(str(preference_data / "pairs" / f"{name}.jsonl.gz"))
+        found = files.read_rows(str(preference_data / "pairs" / f"{name}.jsonl.gz"))
         used = 0
         for where, row in found:
-            parts, reason = data.pair_of_row(where, row)
+            parts, reason = fields.pair_of_row(where, row)
             if reason:
                 same = row["chosen"] == row["rejected"]
                 assert reason == ("both answers are identical" if same else "an answer is empty"), (where, reason)
@@ -330,7 +323,7 @@ def test_real_dialogues_are_cut_where_the_answers_begin(preference_data):
         assert used > 0.98 * len(found)
 
 
-# --------------------------------------------------------------------------------------------------------------- reading
+# -- reading
 
 
 ROWS = [
@@ -370,12 +363,12 @@ def test_every_format_gives_the_same_rows(tmp_path, kind, zipped):
     }[kind]
     path = tmp_path / (name + ".gz" * zipped)
     path.write_bytes(gzip.compress(content) if zipped else content)
-    assert [row for _, row in data.read_rows(str(path))] == ROWS
+    assert [row for _, row in files.read_rows(str(path))] == ROWS
 
 
 def test_values_keep_their_types(tmp_path):
     row = {"chosen": "5", "rejected": 5, "a": 5.0, "b": None, "c": True, "d": "2020-01-01", "e": [], "f": {"g": 1}}
-    ((where, found),) = data.read_rows(lines_file(tmp_path, [row]))
+    ((where, found),) = files.read_rows(lines_file(tmp_path, [row]))
     assert found == row
     assert {k: type(v) for k, v in found.items()} == {k: type(v) for k, v in row.items()}
     assert where.endswith("rows.jsonl, line 1")
@@ -385,7 +378,7 @@ def test_chat_messages_survive_parquet(tmp_path):
     row = {"chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")]}
     path = tmp_path / "rows.parquet"
     path.write_bytes(parquet_bytes([row]))
-    ((_, found),) = data.read_rows(str(path))
+    ((_, found),) = files.read_rows(str(path))
     assert pair(found) == ([user("q")], [assistant("a")], [assistant("b")])
 
 
@@ -427,7 +420,7 @@ def test_unreadable_files_stop_with_file_and_line(tmp_path, name, content, words
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(InputError) as caught:
-        data.read_rows(str(path))
+        files.read_rows(str(path))
     assert isinstance(caught.value.code, str)  # Python prints it and exits with status 1
     for word in [name, *words]:
         assert word in caught.value.code, caught.value.code
@@ -437,7 +430,7 @@ def test_unreadable_files_stop_with_file_and_line(tmp_path, name, content, words
 def test_large_answers_fit_into_csv(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("prompt,chosen,rejected\np," + "a" * 300_000 + ",b\n")
-    assert len(data.read_rows(str(path))[0][1]["chosen"]) == 300_000
+    assert len(files.read_rows(str(path))[0][1]["chosen"]) == 300_000
 
 
 @pytest.mark.parametrize("field", ["chosen", "rejected"])
@@ -445,7 +438,7 @@ def test_a_missing_column_names_line_and_field(tmp_path, plain, field):
     row = {"prompt": "p", "chosen": "a", "rejected": "b"}
     path = lines_file(tmp_path, [row, {k: v for k, v in row.items() if k != field}])
     with pytest.raises(InputError) as caught:
-        data.load_pairs(load_args(path), plain, 64, lambda *words: None)
+        load(path, plain)
     for word in ("rows.jsonl, line 2", f'no field "{field}"', "found prompt"):
         assert word in caught.value.code
 
@@ -456,13 +449,13 @@ def test_drops_are_counted_by_reason_and_said(tmp_path, plain):
     long = [{"prompt": "p" * 40, "chosen": "a", "rejected": "b"}]
     merged = [{"prompt": "xa", "chosen": "b", "rejected": "c"}]
     said = []
-    splits, _ = data.load_pairs(load_args(lines_file(tmp_path, bad + good + long + merged)), plain, 32, said.append)
+    splits, _ = load(lines_file(tmp_path, bad + good + long + merged), plain, 32, say=said.append)
     train = splits["train"]
     assert (train.seen, len(train), train.moved) == (12, 6, 1)
     assert train.dropped == Counter(
         {"both answers are identical": 3, "an answer is empty": 2, "the prompt alone fills max_length": 1}
     )
-    assert [text[0] for text in train.texts] == [f"q{i}" for i in range(5)] + [
+    assert [row["texts"][0] for row in train] == [f"q{i}" for i in range(5)] + [
         "xa"
     ]  # texts and examples stay side by side
     assert said[0] == (
@@ -475,11 +468,11 @@ def test_nothing_left_stops_the_run(tmp_path, plain):
     good = lines_file(tmp_path, [{"prompt": "p", "chosen": "a", "rejected": "b"}])
     bad = lines_file(tmp_path, [{"prompt": "p", "chosen": "a", "rejected": "a"}] * 2, "bad.jsonl")
     with pytest.raises(InputError, match=r"no usable row is left to train on \(2 both answers are identical\)"):
-        data.load_pairs(load_args(bad), plain, 64, lambda *words: None)
+        load(bad, plain)
     with pytest.raises(InputError, match=r"--eval-data .*bad\.jsonl: no usable row is left to evaluate on"):
-        data.load_pairs(load_args(good, eval_data=bad), plain, 64, lambda *words: None)
+        load(good, plain, eval_data=bad)
     with pytest.raises(InputError, match="the prompt alone fills max_length"):
-        data.load_pairs(load_args(good), plain, 1, lambda *words: None)
+        load(good, plain, 1)
 
 
 def test_eval_data_is_the_held_out_split(tmp_path, plain):
@@ -487,17 +480,13 @@ def test_eval_data_is_the_held_out_split(tmp_path, plain):
     held_out = lines_file(
         tmp_path, [{"prompt": f"e{i}", "chosen": "a", "rejected": "b"} for i in range(3)], "eval.jsonl"
     )
-    splits, digest = data.load_pairs(load_args(train, eval_data=held_out, holdout=0.5), plain, 64, lambda *words: None)
+    splits, digest = load(train, plain, eval_data=held_out, holdout=0.5)
     assert [len(splits["train"]), len(splits["held_out"])] == [10, 3]
-    assert (
-        digest != data.load_pairs(load_args(train), plain, 64, lambda *words: None)[1]
-    )  # the hash is of all rows read
+    assert digest != load(train, plain)[1]  # the hash is of all rows read
 
 
 def test_splits_of_the_hub(monkeypatch):
     import datasets
-
-    from common import runtime
 
     row = {"prompt": "p", "chosen": "a", "rejected": "b"}
     served, asked = {}, []
@@ -509,19 +498,19 @@ def test_splits_of_the_hub(monkeypatch):
         return served
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr(runtime, "quietly_checked", lambda name, kind: None)
+    monkeypatch.setattr(files, "check_hub_id", lambda name, kind: None)
     served.update(train=[row, row], validation=[row])
-    found = data.read_hub("owner/name")
+    found = files.read_hub("owner/name")
     assert {k: len(v) for k, v in found.items()} == {"train": 2, "test": 1}
     assert found["test"][0][0] == "owner/name, validation row 1"
     assert (
-        data.read_hub("owner/name:folder")["train"][1][1] == row
+        files.read_hub("owner/name:folder")["train"][1][1] == row
     )  # no configuration of that name: a folder of the data
     assert asked == [("owner/name", None, None), ("owner/name", "folder", None), ("owner/name", None, "folder")]
     served.clear()
     served.update(extra=[row])
     with pytest.raises(InputError, match=r"no train split \(found extra\)"):
-        data.read_hub("owner/name")
+        files.read_hub("owner/name")
 
 
 def test_the_hash_is_of_the_rows_and_not_of_the_file(tmp_path, plain):
@@ -533,12 +522,12 @@ def test_the_hash_is_of_the_rows_and_not_of_the_file(tmp_path, plain):
         ("c.csv", csv_text([row])),
     ):
         (tmp_path / name).write_text(text)
-        digests.add(data.load_pairs(load_args(tmp_path / name), plain, 64, lambda *words: None)[1])
+        digests.add(load(tmp_path / name, plain)[1])
     assert len(digests) == 1
     assert data.sha256_of([row | {"rejected": "c"}]) not in digests
 
 
-# --------------------------------------------------------------------------------------------------------------- the split
+# -- the split
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.25, 0.5])
@@ -568,7 +557,7 @@ def test_chat_prompts_are_split_by_prompt_too():
     assert not {row[0][0]["content"] for row in train} & {row[0][0]["content"] for row in held_out}
 
 
-# ---------------------------------------------------------------------------------------------------- order of training
+# -- order of training
 
 
 def random_rows(count, seed=0, answers=2, longest=30):
@@ -584,14 +573,14 @@ def random_rows(count, seed=0, answers=2, longest=30):
 @pytest.mark.parametrize(("count", "size"), [(1, 4), (7, 8), (64, 8), (100, 8), (1000, 32), (1025, 32)])
 def test_an_epoch_holds_every_row_once_and_only_the_last_step_is_smaller(count, size):
     rows = random_rows(count)
-    plan = data.plan_batches(rows, size, 1, -1, seed=0)
+    plan = batches.plan_batches(rows, size, 1, -1, seed=0)
     assert sorted(i for step in plan for i in step) == list(range(count))
     assert [len(step) for step in plan] == [size] * (count // size) + ([count % size] if count % size else [])
 
 
 def test_whole_and_fractional_epochs():
     rows = random_rows(100)
-    one, two, half = (data.plan_batches(rows, 8, epochs, -1, seed=5) for epochs in (1, 2, 0.5))
+    one, two, half = (batches.plan_batches(rows, 8, epochs, -1, seed=5) for epochs in (1, 2, 0.5))
     assert two[:13] == one
     assert sorted(i for step in two[13:] for i in step) == list(range(100))
     assert two[13:] != one  # each epoch is shuffled anew
@@ -600,40 +589,40 @@ def test_whole_and_fractional_epochs():
     )  # other rows meet in a step, not the same steps in another order
     chosen = [i for step in half for i in step]
     assert len(chosen) == len(set(chosen)) == 50
-    more = data.plan_batches(rows, 8, 2.25, -1, seed=5)
+    more = batches.plan_batches(rows, 8, 2.25, -1, seed=5)
     counts = Counter(i for step in more for i in step)
     assert sum(counts.values()) == 225
     assert set(counts.values()) == {2, 3}
-    assert len(data.plan_batches(rows, 8, 1e-9, -1, seed=5)) == 1  # at least one row
+    assert len(batches.plan_batches(rows, 8, 1e-9, -1, seed=5)) == 1  # at least one row
 
 
 def test_max_steps_cuts_the_plan():
     rows = random_rows(100)
-    whole = data.plan_batches(rows, 8, 1, -1, seed=0)
-    assert data.plan_batches(rows, 8, 1, 5, seed=0) == whole[:5]
-    assert data.plan_batches(rows, 8, 1, 999, seed=0) == whole
+    whole = batches.plan_batches(rows, 8, 1, -1, seed=0)
+    assert batches.plan_batches(rows, 8, 1, 5, seed=0) == whole[:5]
+    assert batches.plan_batches(rows, 8, 1, 999, seed=0) == whole
 
 
 def test_the_plan_is_a_pure_function_of_its_arguments():
     rows = random_rows(300)
     random.seed(1)
     torch.manual_seed(1)
-    first = data.plan_batches(rows, 8, 1.5, -1, seed=0)
+    first = batches.plan_batches(rows, 8, 1.5, -1, seed=0)
     state = random.getstate()
     random.seed(2)
     torch.manual_seed(2)
-    assert data.plan_batches(rows, 8, 1.5, -1, seed=0) == first
+    assert batches.plan_batches(rows, 8, 1.5, -1, seed=0) == first
     random.setstate(state)
-    data.plan_batches(rows, 8, 1.5, -1, seed=0)
+    batches.plan_batches(rows, 8, 1.5, -1, seed=0)
     assert random.getstate() == state  # and it leaves the caller's random numbers alone
-    assert data.plan_batches(rows, 8, 1.5, -1, seed=1) != first
+    assert batches.plan_batches(rows, 8, 1.5, -1, seed=1) != first
 
 
 def test_steps_hold_rows_of_similar_length_in_random_order():
     rows = random_rows(1024)
-    lengths = [data.row_length(row) for row in rows]
+    lengths = [batches.row_length(row) for row in rows]
     assert lengths[3] == len(rows[3]["prompt"]) + len(rows[3]["completions"][0]) + len(rows[3]["completions"][1])
-    plan = data.plan_batches(rows, 32, 1, -1, seed=0)
+    plan = batches.plan_batches(rows, 32, 1, -1, seed=0)
 
     def padding(steps):
         return 1 - sum(lengths) / sum(len(step) * max(lengths[i] for i in step) for step in steps)
@@ -646,26 +635,30 @@ def test_steps_hold_rows_of_similar_length_in_random_order():
 
 def test_the_short_last_step_holds_rows_of_every_length():
     rows = random_rows(36)
-    longest = sorted(range(36), key=lambda i: -data.row_length(rows[i]))[:4]
-    found = [set(data.plan_batches(rows, 32, 1, -1, seed=seed)[-1]) for seed in range(20)]
+    longest = sorted(range(36), key=lambda i: -batches.row_length(rows[i]))[:4]
+    found = [set(batches.plan_batches(rows, 32, 1, -1, seed=seed)[-1]) for seed in range(20)]
     assert (
         sum(len(step & set(longest)) for step in found) < 25
     )  # 20 * 4 * 4 / 36 = 9 by chance; 80 were the longest always left over
 
 
 def test_rows_that_a_plan_never_uses_are_left_out():
-    found = random_rows(50)
-    rows = data.Rows(found, [f"text {i}" for i in range(50)], seen=60, dropped={"an answer is empty": 10}, moved=3)
-    plan = data.plan_batches(rows, 8, 3, 4, seed=0)
-    kept, new = data.only_planned(rows, plan)
-    assert [[kept[k] for k in step] for step in new] == [
-        [found[i] for i in step] for step in plan
-    ]  # the same rows in the same order
-    assert [[kept.texts[k] for k in step] for step in new] == [[f"text {i}" for i in step] for step in plan]
-    assert len(kept) == len({i for step in plan for i in step}) == 32
+    every = [row | {"texts": (f"text {i}",)} for i, row in enumerate(random_rows(50))]
+    rows = batches.Rows(every, seen=60, dropped={"an answer is empty": 10}, moved=3)
+    plan = batches.plan_batches(rows, 8, 3, 4, seed=0)
+    kept, steps = batches.planned_rows(rows, plan)
+    assert steps == [[every[i] for i in step] for step in plan]  # the same rows in the same order
+    used = {i for step in plan for i in step}
+    assert [row["texts"] for row in kept] == [every[i]["texts"] for i in sorted(used)]
+    assert len(kept) == len(used) == 32
     assert (kept.seen, kept.dropped, kept.moved) == (60, Counter({"an answer is empty": 10}), 3)
-    whole = data.plan_batches(rows, 8, 1, -1, seed=0)
-    assert data.only_planned(rows, whole) == (found, whole)
+    # A column given to the rows that are kept is one of the rows of the steps.
+    kept.add_columns(("ref_logps",), torch.arange(32.0)[:, None])
+    assert {row["ref_logps"] for step in steps for row in step} == set(map(float, range(32)))
+    whole = batches.plan_batches(rows, 8, 1, -1, seed=0)
+    kept, steps = batches.planned_rows(rows, whole)
+    assert kept == every
+    assert steps == [[every[i] for i in step] for step in whole]
 
 
 @pytest.mark.parametrize(
@@ -674,29 +667,29 @@ def test_rows_that_a_plan_never_uses_are_left_out():
 )
 def test_micro_batches_hold_every_row_once_over_all_processes(count, size, world):
     rows = [10 * i + 3 for i in range(count)]
-    shares = [data.micro_batches(rows, size, rank, world) for rank in range(world)]
-    assert sorted(i for share in shares for chunk, real in share if real for i in chunk) == rows
+    shares = [batches.micro_batches(rows, size, rank, world) for rank in range(world)]
+    assert sorted(i for share in shares for chunk, weight in share if weight for i in chunk) == rows
     assert len({len(share) for share in shares}) == 1  # else a process would wait for ever
     assert len(shares[0]) == -(-count // (size * world))
-    for chunk, real in (item for share in shares for item in share):
+    for chunk, weight in (item for share in shares for item in share):
         assert 1 <= len(chunk) <= size
-        assert real or chunk == rows[:1]
-    idle = sum(not real for share in shares for _, real in share)
+        assert weight == world or (weight == 0 and chunk == rows[:1])  # gradients are averaged over processes
+    idle = sum(not weight for share in shares for _, weight in share)
     assert idle == sum(
         max(0, world - len(rows[i : i + size * world])) for i in range(0, count, size * world)
     )  # only where a pass has fewer rows than processes
 
 
-# -------------------------------------------------------------------------------------------------------------- collation
+# -- collation
 
 
-def seen_by(batch, flat):
+def visible_from(batch, flat):
     """(position, token) of every place that the place `flat` can see, in order."""
     line, column = divmod(flat, batch["input_ids"].shape[1])
     mask = batch["attention_mask"]
     if mask.dim() == 4:
         visible = mask[line, 0, column] == 0
-        assert set(mask.unique().tolist()) <= {0.0, data.MASKED}
+        assert set(mask.unique().tolist()) <= {0.0, batches.MASKED}
     else:
         visible = mask[line].bool() & (
             torch.arange(mask.shape[1]) <= column
@@ -706,8 +699,10 @@ def seen_by(batch, flat):
 
 
 def check_batch(rows, layout, pad_id):
-    """Every completion token against what it is in the row: predicted once, by the token before, from the prompt and its own answer only."""
-    batch = data.collate(rows, pad_id, layout, "cpu")
+    """Every completion token against what it is in the row: predicted once, by the token before,
+    from the prompt and its own answer only.
+    """
+    batch = batches.collate(rows, pad_id, layout, "cpu")
     n, answers = len(rows), len(rows[0]["completions"])
     lines = n if layout == "shared" else n * answers
     assert len(batch["input_ids"]) == lines
@@ -723,20 +718,22 @@ def check_batch(rows, layout, pad_id):
         assert batch["attention_mask"].sum() == sum(
             len(row["prompt"]) + len(ids) for row in rows for ids in row["completions"]
         )
-    assert batch["source"].shape == batch["targets"].shape == batch["sequence"].shape
+    assert batch["logit_index"].shape == batch["targets"].shape == batch["sequence_ids"].shape
     assert all(
         batch[name].dtype == torch.int64
-        for name in ("input_ids", "position_ids", "source", "targets", "sequence", "last")
+        for name in ("input_ids", "position_ids", "logit_index", "targets", "sequence_ids", "last")
     )
     found = {s: [] for s in range(n * answers)}
-    for source, target, s in zip(batch["source"].tolist(), batch["targets"].tolist(), batch["sequence"].tolist()):
-        found[s].append((source, target))
+    for index, target, s in zip(
+        batch["logit_index"].tolist(), batch["targets"].tolist(), batch["sequence_ids"].tolist()
+    ):
+        found[s].append((index, target))
     for s, tokens in found.items():
         row, answer = rows[s % n], rows[s % n]["completions"][s // n]
         assert [target for _, target in tokens] == answer
-        for t, (source, _) in enumerate(tokens):
-            assert seen_by(batch, source) == list(enumerate(row["prompt"] + answer[:t]))
-        assert seen_by(batch, batch["last"][s].item()) == list(enumerate(row["prompt"] + answer))
+        for t, (index, _) in enumerate(tokens):
+            assert visible_from(batch, index) == list(enumerate(row["prompt"] + answer[:t]))
+        assert visible_from(batch, batch["last"][s].item()) == list(enumerate(row["prompt"] + answer))
     real = sum(
         len(row["prompt"]) * (1 if layout == "shared" else answers) + sum(map(len, row["completions"])) for row in rows
     )
@@ -753,13 +750,13 @@ def check_batch(rows, layout, pad_id):
 @pytest.mark.parametrize("layout", ["shared", "rows", "model_head"])
 def test_a_batch_by_hand(layout):
     rows = [{"prompt": [1, 5], "completions": [[6, 2], [7]]}, {"prompt": [1], "completions": [[8], [9, 10, 2]]}]
-    batch = {k: v.tolist() if torch.is_tensor(v) else v for k, v in data.collate(rows, 0, layout, "cpu").items()}
+    batch = {k: v.tolist() if torch.is_tensor(v) else v for k, v in batches.collate(rows, 0, layout, "cpu").items()}
     assert batch["targets"] == ([6, 2, 7, 8, 9, 10, 2] if layout == "shared" else [6, 2, 8, 7, 9, 10, 2])
     if layout == "shared":
         assert batch["input_ids"] == [[1, 5, 6, 2, 7], [1, 8, 9, 10, 2]]
         assert batch["position_ids"] == [[0, 1, 2, 3, 2], [0, 1, 1, 2, 3]]
-        assert batch["source"] == [1, 2, 1, 5, 5, 7, 8]
-        assert batch["sequence"] == [0, 0, 2, 1, 3, 3, 3]
+        assert batch["logit_index"] == [1, 2, 1, 5, 5, 7, 8]
+        assert batch["sequence_ids"] == [0, 0, 2, 1, 3, 3, 3]
         assert batch["last"] == [3, 6, 4, 9]
         allowed = [[[int(value == 0) for value in line] for line in mask[0]] for mask in batch["attention_mask"]]
         assert allowed[0] == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]]
@@ -768,8 +765,8 @@ def test_a_batch_by_hand(layout):
         assert batch["input_ids"] == [[1, 5, 6, 2], [1, 8, 0, 0], [1, 5, 7, 0], [1, 9, 10, 2]]
         assert batch["position_ids"] == [[0, 1, 2, 3], [0, 1, 0, 0], [0, 1, 2, 0], [0, 1, 2, 3]]
         assert batch["attention_mask"] == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
-        assert batch["source"] == [1, 2, 4, 9, 12, 13, 14]
-        assert batch["sequence"] == [0, 0, 1, 2, 3, 3, 3]
+        assert batch["logit_index"] == [1, 2, 4, 9, 12, 13, 14]
+        assert batch["sequence_ids"] == [0, 0, 1, 2, 3, 3, 3]
         assert batch["last"] == [3, 5, 10, 15]
     assert batch["completion_tokens"] == [2, 1, 1, 3]
     assert batch.get("logits_to_keep") == (4 if layout == "model_head" else None)
@@ -784,10 +781,12 @@ def test_random_batches_against_a_slow_reading(layout, seed):
 
 
 def test_padding_is_known_by_length_and_not_by_id():
-    """Rows that hold the pad id as a word: they give the same batch, the ids aside, as rows that do not."""
+    """Rows that hold the pad id as a word: they give the same batch, the ids aside, as rows that do
+    not.
+    """
     rows = [{"prompt": [1, 9, 5], "completions": [[9, 9], [9]]}, {"prompt": [9], "completions": [[4], [9, 9, 9]]}]
     for layout in ("shared", "rows", "model_head"):
-        same, other = (data.collate(rows, pad, layout, "cpu") for pad in (9, 0))
+        same, other = (batches.collate(rows, pad, layout, "cpu") for pad in (9, 0))
         for name in same:
             if name != "input_ids":
                 assert torch.equal(torch.as_tensor(same[name]), torch.as_tensor(other[name])), name
@@ -795,16 +794,18 @@ def test_padding_is_known_by_length_and_not_by_id():
 
 def test_tokens_are_counted_answer_by_answer():
     row = {"prompt": [1, 2, 3], "completions": [[4], [5, 6]]}
-    assert data.row_tokens(row) == 9  # the prompt counts with each answer, however the batch is laid out
-    assert data.row_length(row) == 6
+    assert batches.count_tokens([row, row]) == 18  # the prompt counts with each answer, however the batch is laid out
+    assert batches.row_length(row) == 6
 
 
-# ------------------------------------------------------------------------------------------------------ from end to end
+# -- from end to end
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_random_texts_keep_every_promise_at_once(seed):
-    """Random prompts and answers through encode: the text comes back, the limit holds, EOS stands where an answer ended."""
+    """Random prompts and answers through encode: the text comes back, the limit holds, EOS stands
+    where an answer ended.
+    """
     rng = random.Random(seed)
     tokenizer = models.byte_tokenizer(bos=bool(seed % 2))
 
@@ -819,7 +820,7 @@ def test_random_texts_keep_every_promise_at_once(seed):
 
     for _ in range(100):
         prompt, answers, limit = text(12), [text(20), text(20)], rng.randint(2, 40)
-        example, reason, _ = data.encode(tokenizer, prompt, answers, limit)
+        example, reason, _ = data.encode_row(tokenizer, prompt, answers, limit)
         whole = [tokenizer(prompt + answer).input_ids for answer in answers]
         if reason:
             assert reason in {"prompt and answers share no token", "the prompt alone fills max_length"}

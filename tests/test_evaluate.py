@@ -1,4 +1,6 @@
-"""The oracle, accuracy, KL, the choice of a layout, and `python -m common.evaluate` as a user runs it."""
+"""The oracle, accuracy, KL, the choice of a layout, and `python -m common.evaluate` as a user runs
+it.
+"""
 
 import contextlib
 import gzip
@@ -8,14 +10,15 @@ import math
 import random
 import subprocess
 import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import dpo
-from common import data, evaluate, runtime
-from common.data import InputError
+from common import InputError, batches, data, evaluate, metrics, oracle
+from common import models as model_loading
 from tests import models
 
 PAD, BOS, EOS = 0, 1, 2
@@ -34,18 +37,20 @@ def random_rows(count, vocabulary, seed=0, prompts=(1, 12), answers=(1, 9)):
     ]
 
 
-# ------------------------------------------------------------------------------------------------------------- the oracle
+# -- the oracle
 
 
 @pytest.mark.parametrize("pad", [PAD, EOS, 77])
 def test_the_oracle_knows_the_bigram_table(bigram, pad):
-    """Prompts and answers of many lengths, cut answers among them, padded with an id that is padding, EOS or a word."""
-    sequences = evaluate.sequences_of(random_rows(13, len(bigram.table)))
+    """Prompts and answers of many lengths, cut answers among them, padded with an id that is
+    padding, EOS or a word.
+    """
+    sequences = oracle.sequences_of(random_rows(13, len(bigram.table)))
     expected = torch.tensor([bigram.logps(*sequence) for sequence in sequences], dtype=torch.float64)
-    found = evaluate.plain_logps(bigram.load(), sequences, pad, batch_size=5)
+    found = oracle.plain_logps(bigram.load(), sequences, pad, batch_size=5)
     assert found.dtype == torch.float32
     assert (found.double() - expected).abs().max() < 1e-4
-    tokens, mask = evaluate.plain_token_logps(bigram.load(), sequences, pad)
+    tokens, mask = oracle.plain_token_logps(bigram.load(), sequences, pad)
     assert mask.sum(1).tolist() == [len(completion) for _, completion in sequences]
     assert (tokens[~mask] == 0).all()
     for line, (prompt, completion) in enumerate(sequences):
@@ -57,50 +62,50 @@ def test_the_oracle_knows_the_bigram_table(bigram, pad):
 @pytest.mark.parametrize("build", [models.tiny_gpt2, models.tiny_llama])
 def test_the_oracle_does_not_depend_on_the_batch(build):
     """Against one unpadded sequence at a time, the shortest reading of what a log-probability is."""
-    model, sequences = build(60), evaluate.sequences_of(random_rows(9, 60))
+    model, sequences = build(60), oracle.sequences_of(random_rows(9, 60))
     expected = []
     for prompt, completion in sequences:
         logps = model(input_ids=torch.tensor([prompt + completion])).logits[0].double().log_softmax(-1)
         expected.append(sum(logps[len(prompt) - 1 + t, token].item() for t, token in enumerate(completion)))
     for batch_size in (1, 4, 64):
-        assert evaluate.plain_logps(model, sequences, PAD, batch_size).tolist() == pytest.approx(expected, abs=1e-4)
+        assert oracle.plain_logps(model, sequences, PAD, batch_size).tolist() == pytest.approx(expected, abs=1e-4)
 
 
 def test_log_probabilities_of_half_precision_logits_are_taken_in_float32(bigram):
-    model, sequences = bigram.load().to(torch.bfloat16), evaluate.sequences_of(random_rows(4, len(bigram.table)))
+    model, sequences = bigram.load().to(torch.bfloat16), oracle.sequences_of(random_rows(4, len(bigram.table)))
     rounded = bigram.table.to(torch.bfloat16).double()  # what the output layer holds now
-    for found, (prompt, completion) in zip(evaluate.plain_logps(model, sequences, PAD).tolist(), sequences):
+    for found, (prompt, completion) in zip(oracle.plain_logps(model, sequences, PAD).tolist(), sequences):
         logps = rounded.log_softmax(-1)
         exact = sum(logps[u, v].item() for u, v in itertools.pairwise([prompt[-1], *completion]))
         assert found == pytest.approx(exact, abs=2e-3)  # a log-softmax in bfloat16 is off by about .02 a token
-    tokens, _ = evaluate.plain_token_logps(bigram.load().double(), sequences, PAD)
+    tokens, _ = oracle.plain_token_logps(bigram.load().double(), sequences, PAD)
     assert tokens.dtype == torch.float64
 
 
 def test_sequences_stand_in_the_order_of_collate():
     rows = random_rows(5, 60)
-    batch = data.collate(rows, PAD, "shared", "cpu")
-    for s, (prompt, completion) in enumerate(evaluate.sequences_of(rows)):
-        assert batch["targets"][batch["sequence"] == s].tolist() == completion
+    batch = batches.collate(rows, PAD, "shared", "cpu")
+    for s, (prompt, completion) in enumerate(oracle.sequences_of(rows)):
+        assert batch["targets"][batch["sequence_ids"] == s].tolist() == completion
         assert rows[s % 5]["prompt"] == prompt
 
 
-# --------------------------------------------------------------------------------------------------------------- accuracy
+# -- accuracy
 
 
 def test_accuracy_counts_ties_one_half():
-    assert evaluate.accuracy(torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 2.0], [3.0, -3.0]])) == 2.5 / 4
-    assert evaluate.accuracy(torch.tensor([[-5.0, -4.0]])) == 0
-    assert evaluate.accuracy(torch.zeros(3, 2)) == 0.5
-    assert evaluate.accuracy(torch.zeros(3, 2), ties_say_nothing=True) is None  # rewards before the first step
-    assert evaluate.accuracy(torch.tensor([[0.0, 0.0], [1.0, 0.0]]), ties_say_nothing=True) == 0.75
-    assert evaluate.accuracy(torch.zeros(0, 2)) is None
+    assert metrics.accuracy(torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 2.0], [3.0, -3.0]])) == 2.5 / 4
+    assert metrics.accuracy(torch.tensor([[-5.0, -4.0]])) == 0
+    assert metrics.accuracy(torch.zeros(3, 2)) == 0.5
+    assert metrics.accuracy(torch.zeros(3, 2), ties_say_nothing=True) is None  # rewards before the first step
+    assert metrics.accuracy(torch.tensor([[0.0, 0.0], [1.0, 0.0]]), ties_say_nothing=True) == 0.75
+    assert metrics.accuracy(torch.zeros(0, 2)) is None
     for wrong in (torch.zeros(3), torch.zeros(3, 3), torch.zeros(2, 3, 2)):
         with pytest.raises(ValueError, match=r"\[rows, 2\]"):
-            evaluate.accuracy(wrong)
+            metrics.accuracy(wrong)
 
 
-# --------------------------------------------------------------------------------------------------------------------- KL
+# -- KL
 
 
 def small_tables():
@@ -116,7 +121,9 @@ def all_completions(longest: int):
 
 @pytest.mark.parametrize("prompt", [[BOS], [BOS, 3, 4]])
 def test_kl_of_samples_is_exact_over_all_completions(prompt):
-    """Weighted by their probability, the values along all completions add up to the sum of p log(p / q) over them."""
+    """Weighted by their probability, the values along all completions add up to the sum of p log(p
+    / q) over them.
+    """
     p, q = small_tables()
     completions = all_completions(3)
     log_p, log_q = (
@@ -159,7 +166,7 @@ def test_kl_along_one_completion_is_the_sum_over_its_tokens():
 @pytest.mark.parametrize("build", [models.tiny_gpt2, models.tiny_llama])
 def test_kl_does_not_depend_on_the_batch(build):
     policy, reference = build(60), build(60, seed=1)
-    prompts, completions = zip(*evaluate.sequences_of(random_rows(9, 60)))
+    prompts, completions = zip(*oracle.sequences_of(random_rows(9, 60)))
     expected = []
     for prompt, completion in zip(prompts, completions):
         log_p, log_q = (
@@ -173,24 +180,13 @@ def test_kl_does_not_depend_on_the_batch(build):
         ).tolist() == pytest.approx(expected, rel=1e-4)
 
 
-# -------------------------------------------------------------------------------------------------- judgement of samples
+# -- judgement of samples
 
 
-def fake_run(**changes):
-    """As much of a run as the judgement of samples needs."""
-    args = {"data": "rows.jsonl", "kl_samples": 2000, "max_new_tokens": 3, "seed": 0} | changes
-    said: list = []
-    return SimpleNamespace(
-        args=SimpleNamespace(**args),
-        world_size=1,
-        rank=0,
-        device=torch.device("cpu"),
-        autocast=contextlib.nullcontext,
-        gather=lambda items: items,
-        share_out=list,
-        append=lambda name, lines: said.extend(lines),
-        said=said,
-    )
+def evaluated(policy, ref, rows, tokenizer, **changes):
+    """What is measured of the policy's samples."""
+    given = {"count": 2000, "max_new_tokens": 3, "seed": 0, "autocast": contextlib.nullcontext} | changes
+    return evaluate.evaluate_samples(policy, ref, rows, tokenizer, **given)
 
 
 def rows_of(tokenizer, texts):
@@ -213,62 +209,84 @@ def test_the_kl_of_a_judgement_is_the_mean_over_prompts_and_samples():
             for t in (p, q)
         )
         exact.append((log_p.exp() * (log_p - log_q)).sum().item())
-    found = evaluate.judge_samples(fake_run(), models.bigram_model(p), models.bigram_model(q), "", tokenizer, rows)
-    assert found["kl"] == pytest.approx(sum(exact) / 2, rel=0.05)
-    assert [prompt for prompt, _ in found["samples"]] == sorted(set(texts))
-    assert set(found) == {"kl", "samples"}  # the true reward is the toy's
-    assert evaluate.judge_samples(fake_run(), models.bigram_model(p), None, "", tokenizer, rows)["kl"] == 0
-    assert evaluate.judge_samples(fake_run(kl_samples=0), models.bigram_model(p), None, "", tokenizer, rows) == {
-        "kl": None,
-        "samples": [],
-    }
-    too_long = fake_run(max_new_tokens=255)  # no prompt leaves room for an answer in the model's 256 positions
-    assert evaluate.judge_samples(too_long, models.bigram_model(p), None, "", tokenizer, rows) == {
-        "kl": None,
-        "samples": [],
-    }
+    policy = models.bigram_model(p)
+    measured = evaluated(policy, models.bigram_model(q), rows, tokenizer)
+    assert measured["kl"] == pytest.approx(sum(exact) / 2, rel=0.05)
+    assert 0 < measured["kl_se"] < 0.05 * measured["kl"]
+    assert abs(measured["kl"] - sum(exact) / 2) < 4 * measured["kl_se"]
+    assert [prompt for prompt, _ in measured["samples"]] == sorted(set(texts))
+    assert set(measured) == {"kl", "kl_se", "samples"}  # the true reward is the toy's, and `judge` tells it
+    alone = evaluated(policy, None, rows, tokenizer)
+    assert (alone["kl"], alone["kl_se"]) == (0, None)  # nothing was estimated
+    nothing = {"kl": None, "samples": []}
+    assert evaluated(policy, None, rows, tokenizer, count=0) == nothing
+    # No prompt leaves room for an answer in the model's 256 positions.
+    assert evaluated(policy, None, rows, tokenizer, max_new_tokens=255) == nothing
+
+
+def test_judges_are_asked_about_all_answers_and_their_kl(bigram):
+    rows = rows_of(bigram.tokenizer, ["what is the capital of france ?", "what colour has snow ?"])
+    asked = []
+
+    def judge(answers, kl, ref):
+        asked.append((answers, kl, ref))
+        return {"true_reward": 1.5}
+
+    def extra_metrics(prompts, answers):
+        asked.append((prompts, answers))
+        return {"length": len(answers)}
+
+    ref = bigram.load()
+    measured = evaluated(bigram.load(), ref, rows, bigram.tokenizer, count=6, judge=judge, extra_metrics=extra_metrics)
+    assert (measured["true_reward"], measured["length"]) == (1.5, 6)
+    (prompts, texts), (answers, kl, of) = asked
+    assert answers == list(zip(prompts, texts))
+    assert Counter(prompts) == {"what is the capital of france ?": 3, "what colour has snow ?": 3}
+    assert (kl, of) == (measured["kl"], ref)
 
 
 def test_best_of_n_picks_the_largest_reward_and_bounds_its_kl(bigram):
     rows = rows_of(bigram.tokenizer, ["what is the capital of france ?", "what colour has snow ?"])
 
     def rewards(batch):  # the answer with the largest sum of ids
-        return torch.zeros(len(batch["completion_tokens"])).index_add(0, batch["sequence"], batch["targets"].float())
+        return torch.zeros(len(batch["completion_tokens"])).index_add(
+            0, batch["sequence_ids"], batch["targets"].float()
+        )
 
-    run = fake_run(kl_samples=40)
-    same = evaluate.judge_samples(
-        run, bigram.load(), bigram.load(), "", bigram.tokenizer, rows, n=4, rewards=rewards, record={"when": "after"}
-    )
-    assert same["kl"] == pytest.approx(
-        math.log(4) - 3 / 4, abs=1e-9
-    )  # policy and reference agree: what is left is the picking
-    assert len(run.said) == 40
-    for line in run.said:
-        assert line["when"] == "after"
+    picked = evaluated(bigram.load(), bigram.load(), rows, bigram.tokenizer, count=40, best_of=(4, rewards))
+    # Policy and reference agree: what is left is the picking.
+    assert picked["kl"] == pytest.approx(math.log(4) - 3 / 4, abs=1e-9)
+    assert len(picked["candidates"]) == 40
+    for line in picked["candidates"]:
         assert len(line["answers"]) == len(line["rewards"]) == 4
         assert line["rewards"][line["picked"]] == max(line["rewards"])
         ids = bigram.tokenizer.convert_tokens_to_ids(line["answers"][line["picked"]].split())
         assert line["rewards"][line["picked"]] in {sum(ids), sum(ids) + EOS}  # the reward is that of this answer
-    assert {line["prompt"] for line in run.said} == {"what is the capital of france ?", "what colour has snow ?"}
+    prompts = {line["prompt"] for line in picked["candidates"]}
+    assert prompts == {"what is the capital of france ?", "what colour has snow ?"}
 
 
 def test_answers_are_sampled_for_each_row(bigram):
-    """Each answer's first token follows its own row's prompt, and the longest prompt leaves room for its answer."""
+    """Each answer's first token follows its own row's prompt, and the longest prompt leaves room
+    for its answer.
+    """
+
+    def sampled(model, rows, n, max_new_tokens=3):
+        return evaluate.sample_rows(model, ENDS, rows, n, max_new_tokens, seed=0, autocast=contextlib.nullcontext)
+
     table = models.random_table(60, seed=3, spread=12.0)  # nearly always one word after another
     likeliest = table.argmax(-1)
     rows = [{"prompt": [BOS, *[5] * (i % 4), u], "completions": [[3]]} for i, u in enumerate(range(10, 30))]
-    found = evaluate.sample_rows(fake_run(), models.bigram_model(table), ENDS, rows, n=6)
+    found = sampled(models.bigram_model(table), rows, n=6)
     assert [len(answers) for answers in found] == [6] * 20
     hits = [answer[0] == likeliest[row["prompt"][-1]] for row, answers in zip(rows, found) for answer in answers]
     assert sum(hits) / len(hits) > 0.7
-    long = evaluate.sample_rows(
-        fake_run(max_new_tokens=99), bigram.load(), ENDS, [{"prompt": [5] * 250, "completions": [[3]]}], n=20
-    )
+    long = sampled(bigram.load(), [{"prompt": [5] * 250, "completions": [[3]]}], n=20, max_new_tokens=99)
     assert max(len(answer) for answer in long[0]) == 6  # of 256 positions
-    assert evaluate.sample_rows(fake_run(), bigram.load(), ENDS, [], n=2) == []
+    assert sampled(bigram.load(), [], n=2) == []
 
 
-# ---------------------------------------------------------------------------------------------------------- the layout
+# -- the layout
 
 
 def build(kind: str, **changes):
@@ -301,16 +319,20 @@ def build(kind: str, **changes):
     model = transformers.AutoModelForCausalLM.from_config(
         getattr(transformers, f"{kind}Config")(**(common | shape | changes))
     )
-    runtime.disable_dropout(model)
+    model_loading.disable_dropout(model)
     return models.spread_biases(model)
 
 
 def gap(model, rows, layout):
-    """Largest difference in nats between a layout's log-probabilities and the oracle's; infinite where the model does not take it."""
-    expected = evaluate.plain_logps(model, evaluate.sequences_of(rows), PAD)
+    """Largest difference in nats between a layout's log-probabilities and the oracle's; infinite
+    where the model does not take it.
+    """
+    expected = oracle.plain_logps(model, oracle.sequences_of(rows), PAD)
     try:
         with torch.no_grad():
-            return (dpo.completion_logps(model, data.collate(rows, PAD, layout, "cpu")) - expected).abs().max().item()
+            return (
+                (dpo.completion_logps(model, batches.collate(rows, PAD, layout, "cpu")) - expected).abs().max().item()
+            )
     except (TypeError, ValueError, RuntimeError):
         return float("inf")
 
@@ -318,8 +340,8 @@ def gap(model, rows, layout):
 def chosen(model, rows, share_prompt=True):
     """The chosen layout and what was said."""
     said: list[str] = []
-    logps = runtime.as_forward(model, dpo.completion_logps)
-    return evaluate.choose_layout(
+    logps = model_loading.bind_forward(model, dpo.completion_logps)
+    return oracle.choose_layout(
         logps, model, {"train": rows, "held_out": rows[:2]}, PAD, "cpu", share_prompt, said.append
     ), said
 
@@ -359,15 +381,17 @@ def test_the_fastest_layout_that_is_right_is_chosen(kind, changes, layout):
 @pytest.mark.parametrize("kind", ["Phi", "GPTJ"])
 def test_a_bias_in_the_output_layer_counts(kind):
     model, rows = build(kind), random_rows(6, 60)
-    before = dpo.completion_logps(model, data.collate(rows, PAD, "shared", "cpu"))
+    before = dpo.completion_logps(model, batches.collate(rows, PAD, "shared", "cpu"))
     assert gap(model, rows, "shared") < 1e-4
     with torch.no_grad():
         model.get_output_embeddings().bias.zero_()
-    assert (dpo.completion_logps(model, data.collate(rows, PAD, "shared", "cpu")) - before).abs().max() > 1
+    assert (dpo.completion_logps(model, batches.collate(rows, PAD, "shared", "cpu")) - before).abs().max() > 1
 
 
 def test_a_cap_is_seen_where_it_still_changes_nothing():
-    """Logits of a model at its start are so small that a cap of 30 is invisible; training makes them grow."""
+    """Logits of a model at its start are so small that a cap of 30 is invisible; training makes
+    them grow.
+    """
     model, rows = build("Gemma2", initializer_range=0.02), random_rows(12, 60)
     assert model.config.final_logit_softcapping == 30
     assert gap(model, rows, "shared") < 1e-4
@@ -377,7 +401,9 @@ def test_a_cap_is_seen_where_it_still_changes_nothing():
 
 
 def test_a_window_is_seen_where_only_one_row_is_longer():
-    """The longest row of both answers together need not be the one with the longest prompt and answer."""
+    """The longest row of both answers together need not be the one with the longest prompt and
+    answer.
+    """
     model = build("Mistral", sliding_window=24)
     many = {
         "prompt": [BOS, *range(3, 13)],
@@ -391,19 +417,19 @@ def test_a_window_is_seen_where_only_one_row_is_longer():
 
 
 def test_a_prompt_need_not_be_shared(tiny_llama):
-    model, rows = runtime.load_model(str(tiny_llama), "cpu"), random_rows(5, 60)
+    model, rows = model_loading.load_model(str(tiny_llama), "cpu"), random_rows(5, 60)
     assert chosen(model, rows, share_prompt=False) == ("rows", [])
 
 
 def test_a_model_that_no_layout_fits_is_refused():
     model, rows = build("Llama"), random_rows(5, 60)
-    with pytest.raises(InputError, match="cannot be trained here"):
-        evaluate.choose_layout(
+    with pytest.raises(InputError, match="cannot be trained"):
+        oracle.choose_layout(
             lambda batch: torch.zeros(2), model, {"train": rows}, PAD, "cpu", True, lambda *words: None
         )
 
 
-# -------------------------------------------------------------------------------------------------------- command line
+# -- command line
 
 
 def evaluate_file(root, *words):
@@ -527,7 +553,9 @@ def test_a_file_without_a_usable_row_gives_nulls(bigram, tmp_path, capsys):
 
 
 def test_a_real_model_on_real_dialogues(preference_data, tmp_path):
-    """The tiny stories model on published dialogues: every number against one unpadded forward pass a sequence."""
+    """The tiny stories model on published dialogues: every number against one unpadded forward pass
+    a sequence.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = preference_data / "models" / "stories260K"

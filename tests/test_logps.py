@@ -1,4 +1,6 @@
-"""Log-probabilities of completions: exact on a bigram table, against the plain oracle on GPT-2 and Llama, in every layout."""
+"""Log-probabilities of completions: exact on a bigram table, against the plain oracle on GPT-2 and
+Llama, in every layout.
+"""
 
 import importlib
 import math
@@ -6,8 +8,9 @@ import math
 import pytest
 import torch
 
-from common import data, evaluate, runtime
-from common.evaluate import plain_logps, sequences_of
+from common import batches, data, oracle
+from common import models as model_loading
+from common.oracle import plain_logps, sequences_of
 from tests.models import bigram_logps, bigram_model, random_table
 from tests.runs import PAIRS, pairs
 
@@ -15,7 +18,8 @@ LAYOUTS = ("shared", "rows", "model_head")
 every_script = pytest.mark.parametrize("script", PAIRS)
 every_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
-# Ids of a vocabulary of 8 with 2 as EOS: prompts and answers of many lengths, one answer without EOS (cut), one that is EOS alone.
+# Ids of a vocabulary of 8 with 2 as EOS: prompts and answers of many lengths, one answer without
+# EOS (cut), one that is EOS alone.
 EXAMPLES = [
     {"prompt": [1, 5, 6], "completions": [[4, 3, 2], [7, 2]]},
     {"prompt": [1], "completions": [[2], [3, 3, 3, 3, 5, 2]]},
@@ -29,7 +33,7 @@ EXAMPLES = [
 
 def toy_examples(folder, rows: int = 6) -> list[dict]:
     """Encoded toy pairs of different lengths."""
-    tokenizer = runtime.load_tokenizer(str(folder))
+    tokenizer = model_loading.load_tokenizer(str(folder))
     return list(data.encode_rows(tokenizer, [(r["prompt"], r["chosen"], r["rejected"]) for r in pairs(rows)], 64))
 
 
@@ -38,7 +42,7 @@ def folder(request) -> str:
     return str(request.getfixturevalue(request.param))
 
 
-# ------------------------------------------------------------------------------------------------------ exact values
+# -- exact values
 
 
 @every_script
@@ -47,7 +51,7 @@ def test_exact_on_a_bigram_table(script, layout):
     completion_logps = importlib.import_module(script).completion_logps
     table = random_table(8)
     model = bigram_model(table)
-    batch = data.collate(EXAMPLES, 0, layout, "cpu")
+    batch = batches.collate(EXAMPLES, 0, layout, "cpu")
     with torch.no_grad():
         got = completion_logps(model, batch)
     expected = [bigram_logps(table, e["prompt"], e["completions"][j]) for j in (0, 1) for e in EXAMPLES]
@@ -63,23 +67,23 @@ def test_padding_and_company_change_nothing_on_the_table(layout):
     model = bigram_model(table)
     with torch.no_grad():
         together = [
-            dpo.completion_logps(model, data.collate(EXAMPLES, pad, layout, "cpu")).view(2, -1) for pad in (0, 2, 5)
+            dpo.completion_logps(model, batches.collate(EXAMPLES, pad, layout, "cpu")).view(2, -1) for pad in (0, 2, 5)
         ]
-        alone = torch.stack([dpo.completion_logps(model, data.collate([e], 0, layout, "cpu")) for e in EXAMPLES], 1)
+        alone = torch.stack([dpo.completion_logps(model, batches.collate([e], 0, layout, "cpu")) for e in EXAMPLES], 1)
     for got in together:
         torch.testing.assert_close(got, alone, atol=1e-6, rtol=0)
 
 
 @every_layout
 def test_the_batch_says_what_its_docstring_says(layout):
-    batch = data.collate(EXAMPLES, 0, layout, "cpu")
+    batch = batches.collate(EXAMPLES, 0, layout, "cpu")
     ids, n = batch["input_ids"].flatten(), len(EXAMPLES)
     for s in range(2 * n):
         prompt, completion = EXAMPLES[s % n]["prompt"], EXAMPLES[s % n]["completions"][s // n]
-        mine = batch["sequence"] == s
+        mine = batch["sequence_ids"] == s
         assert batch["targets"][mine].tolist() == completion
-        assert ids[batch["source"][mine]].tolist() == [prompt[-1], *completion[:-1]]
-        assert batch["position_ids"].flatten()[batch["source"][mine]].tolist() == list(
+        assert ids[batch["logit_index"][mine]].tolist() == [prompt[-1], *completion[:-1]]
+        assert batch["position_ids"].flatten()[batch["logit_index"][mine]].tolist() == list(
             range(len(prompt) - 1, len(prompt) + len(completion) - 1)
         )
         assert batch["completion_tokens"][s] == len(completion)
@@ -87,7 +91,7 @@ def test_the_batch_says_what_its_docstring_says(layout):
 
 
 def test_the_shared_mask_lets_an_answer_see_the_prompt_and_itself():
-    batch = data.collate(
+    batch = batches.collate(
         [{"prompt": [1, 5], "completions": [[4, 2], [7, 2]]}, {"prompt": [1], "completions": [[4, 2], [2]]}],
         0,
         "shared",
@@ -106,27 +110,29 @@ def test_the_shared_mask_lets_an_answer_see_the_prompt_and_itself():
     assert not any(any(line[4:]) for line in visible[1][:4])  # no real token sees padding
 
 
-# ------------------------------------------------------------------------------------------------------- the answer's end
+# -- the answer's end
 
 
 def test_one_eos_ends_an_answer_and_none_a_cut_one(tiny_gpt2):
-    tokenizer = runtime.load_tokenizer(str(tiny_gpt2))
+    tokenizer = model_loading.load_tokenizer(str(tiny_gpt2))
     eos = tokenizer.eos_token_id
     words = tokenizer(" it is paris .").input_ids[1:]
     prompt = tokenizer("what is the capital of france ?").input_ids
-    whole, _, _ = data.encode(
+    whole, _, _ = data.encode_row(
         tokenizer, "what is the capital of france ?", [" it is paris .", " it is paris . <eos>"], 64
     )
     assert whole == {"prompt": prompt, "completions": [[*words, eos], [*words, eos]]}
-    cut, _, _ = data.encode(tokenizer, "what is the capital of france ?", [" it is paris .", " it"], len(prompt) + 3)
+    cut, _, _ = data.encode_row(
+        tokenizer, "what is the capital of france ?", [" it is paris .", " it"], len(prompt) + 3
+    )
     assert cut == {"prompt": prompt, "completions": [words[:3], [words[0], eos]]}
-    exactly, _, _ = data.encode(
+    exactly, _, _ = data.encode_row(
         tokenizer, "what is the capital of france ?", [" it is paris ."], len(prompt) + len(words)
     )
     assert exactly["completions"] == [words]  # the text fits and its end does not
 
 
-# ---------------------------------------------------------------------------------------------------- against the oracle
+# -- against the oracle
 
 
 def test_the_oracle_on_a_bigram_table():
@@ -141,10 +147,10 @@ def test_the_oracle_on_a_bigram_table():
 @every_layout
 def test_every_layout_agrees_with_the_oracle(script, layout, folder):
     completion_logps = importlib.import_module(script).completion_logps
-    examples, model = toy_examples(folder), runtime.load_model(folder, "cpu").eval()
+    examples, model = toy_examples(folder), model_loading.load_model(folder, "cpu").eval()
     expected = plain_logps(model, sequences_of(examples), 0)
     with torch.no_grad():
-        got = completion_logps(model, data.collate(examples, 0, layout, "cpu"))
+        got = completion_logps(model, batches.collate(examples, 0, layout, "cpu"))
     assert expected.abs().min() > 5  # random weights: something to be wrong about
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
 
@@ -152,8 +158,8 @@ def test_every_layout_agrees_with_the_oracle(script, layout, folder):
 @every_script
 def test_chunks_change_neither_values_nor_gradients(script, folder, monkeypatch):
     module = importlib.import_module(script)
-    examples, model = toy_examples(folder), runtime.load_model(folder, "cpu").eval()
-    batch = data.collate(examples, 0, "shared", "cpu")
+    examples, model = toy_examples(folder), model_loading.load_model(folder, "cpu").eval()
+    batch = batches.collate(examples, 0, "shared", "cpu")
     results = []
     for chunk in (10_000, 5):
         monkeypatch.setattr(module, "CHUNK", chunk)
@@ -170,8 +176,8 @@ def test_a_shared_prompt_has_the_gradients_of_separate_passes(folder):
     """With respect to all weights; separate passes: each answer alone with its prompt, unpadded."""
     import dpo
 
-    examples, model = toy_examples(folder), runtime.load_model(folder, "cpu").eval()
-    values = dpo.completion_logps(model, data.collate(examples, 0, "shared", "cpu"))
+    examples, model = toy_examples(folder), model_loading.load_model(folder, "cpu").eval()
+    values = dpo.completion_logps(model, batches.collate(examples, 0, "shared", "cpu"))
     weights = torch.linspace(-1.0, 1.5, len(values))
     shared = torch.autograd.grad((values * weights).sum(), list(model.parameters()))
     total = [torch.zeros_like(p) for p in model.parameters()]
@@ -196,23 +202,25 @@ def test_a_shared_prompt_has_the_gradients_of_separate_passes(folder):
 def test_a_row_alone_is_what_it_is_in_a_padded_batch(layout, folder):
     import dpo
 
-    examples, model = toy_examples(folder), runtime.load_model(folder, "cpu").eval()
+    examples, model = toy_examples(folder), model_loading.load_model(folder, "cpu").eval()
     with torch.no_grad():
-        together = dpo.completion_logps(model, data.collate(examples, 0, layout, "cpu")).view(2, -1)
-        alone = torch.stack([dpo.completion_logps(model, data.collate([e], 0, layout, "cpu")) for e in examples], 1)
+        together = dpo.completion_logps(model, batches.collate(examples, 0, layout, "cpu")).view(2, -1)
+        alone = torch.stack([dpo.completion_logps(model, batches.collate([e], 0, layout, "cpu")) for e in examples], 1)
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
 
 
 def test_an_answer_does_not_see_the_other_one(folder):
-    """Another first answer, of the same length, leaves the second one's log-probability as it was, bit for bit."""
+    """Another first answer, of the same length, leaves the second one's log-probability as it was,
+    bit for bit.
+    """
     import dpo
 
-    model = runtime.load_model(folder, "cpu").eval()
+    model = model_loading.load_model(folder, "cpu").eval()
     first, second = [10, 11, 12, 2], [20, 21, 2]
     with torch.no_grad():
         a, b = (
             dpo.completion_logps(
-                model, data.collate([{"prompt": [1, 7, 8, 9], "completions": [x, second]}], 0, "shared", "cpu")
+                model, batches.collate([{"prompt": [1, 7, 8, 9], "completions": [x, second]}], 0, "shared", "cpu")
             )
             for x in (first, [30, 31, 32, 2])
         )
@@ -220,16 +228,18 @@ def test_an_answer_does_not_see_the_other_one(folder):
     assert a[1] == b[1]
 
 
-# -------------------------------------------------------------------------------------------------------------- precision
+# -- precision
 
 
 @every_script
 def test_log_softmax_is_taken_in_float32_under_autocast(script):
-    """The same bf16 logits, log-softmax in float32: a thousand tokens are right to a hundredth of a nat; in bf16 they are off by much more."""
+    """The same bf16 logits, log-softmax in float32: a thousand tokens are right to a hundredth of a
+    nat; in bf16 they are off by much more.
+    """
     completion_logps = importlib.import_module(script).completion_logps
     tokens = torch.randint(8, (1, 1000), generator=torch.Generator().manual_seed(0))[0].tolist()
     model = bigram_model(random_table(8))
-    batch = data.collate([{"prompt": [1], "completions": [tokens]}], 0, "rows", "cpu")
+    batch = batches.collate([{"prompt": [1], "completions": [tokens]}], 0, "rows", "cpu")
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         got = completion_logps(model, batch)
         logits = model(batch["input_ids"]).logits[0, :-1]
@@ -255,10 +265,12 @@ def test_bf16_logits_are_scored_in_float32(script):
 
 @every_script
 def test_token_logps_gradient_is_exact(script):
-    """With more rows than one group has: weight * (1[target] - softmax) in closed form, and autograd through torch's own log-softmax."""
+    """With more rows than one group has: weight * (1[target] - softmax) in closed form, and
+    autograd through torch's own log-softmax.
+    """
     module = importlib.import_module(script)
     generator = torch.Generator().manual_seed(0)
-    tokens = module.ROWS + 7
+    tokens = module.BLOCK + 7
     hidden, head = torch.randn(tokens, 3, dtype=torch.float64, generator=generator), torch.nn.Linear(3, 11).double()
     targets = torch.arange(tokens) % 11
     weights = torch.randn(
@@ -294,14 +306,14 @@ def test_float64_stays_float64():
     model = bigram_model(table).double()
     with torch.no_grad():
         model.lm_head.weight.copy_(table.T)
-        got = dpo.completion_logps(model, data.collate(EXAMPLES, 0, "rows", "cpu"))
+        got = dpo.completion_logps(model, batches.collate(EXAMPLES, 0, "rows", "cpu"))
     assert got.dtype == torch.float64
     torch.testing.assert_close(
         got, torch.tensor([bigram_logps(table, p, c) for p, c in sequences_of(EXAMPLES)], dtype=torch.float64)
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------- step 0
+# -- step 0
 
 # TYPO has no reference in its first term, so nothing is known of its first loss.
 START = {
@@ -310,27 +322,30 @@ START = {
     "dph": 3 * math.log(2),
 }  # dph: separable loss at rewards 0, and cDPO's log 2
 
+NUMBERS = {"dpo": {"beta": 0.3}, "cdpo": {"beta": 0.3, "label_smoothing": 0.1}, "dph": {}}
+
 
 @pytest.mark.parametrize("script", START)
 @every_layout
 def test_step_0_is_log_2_with_a_reference_computed_independently(script, layout, folder):
-    """The reference's numbers come from the oracle and a model loaded for itself; a perturbed reference shows that the test can fail."""
+    """The reference's numbers come from the oracle and a model loaded for itself; a perturbed
+    reference shows that the test can fail.
+    """
     module = importlib.import_module(script)
-    examples, args = toy_examples(folder), module.Args()
-    model = runtime.load_model(folder, "cpu")
+    examples, numbers = toy_examples(folder), NUMBERS[script]
+    model = model_loading.load_model(folder, "cpu")
     model = module.add_head(model, {}) if script == "dph" else model
-    runtime.disable_dropout(model)
     model.train()
-    batch = data.collate(examples, 0, layout, "cpu")
+    batch = batches.collate(examples, 0, layout, "cpu")
 
     def step_0(reference):
         batch["ref_chosen_logps"], batch["ref_rejected_logps"] = plain_logps(
             reference, sequences_of(examples), 0
         ).chunk(2)
-        loss, metrics = module.compute_loss(model, batch, args)
+        loss, metrics = module.compute_loss(model, batch, **numbers)
         return loss.item() / len(examples), metrics
 
-    reference = runtime.load_model(folder, "cpu").eval()
+    reference = model_loading.load_model(folder, "cpu").eval()
     loss, metrics = step_0(reference)
     assert loss == pytest.approx(START[script], abs=1e-4)
     for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
@@ -345,28 +360,30 @@ def test_step_0_is_log_2_with_a_reference_computed_independently(script, layout,
 @pytest.mark.parametrize("script", START)
 def test_dropout_in_the_configuration_would_show(script, tiny_gpt2):
     """The control to the test above: with GPT-2's own dropout on, the first loss is not log 2."""
+    from transformers import AutoModelForCausalLM
+
     module = importlib.import_module(script)
     examples = toy_examples(tiny_gpt2)
-    model = runtime.load_model(str(tiny_gpt2), "cpu").train()
+    model = AutoModelForCausalLM.from_pretrained(tiny_gpt2).train()
     model = module.add_head(model, {}) if script == "dph" else model
-    batch = data.collate(examples, 0, "shared", "cpu")
+    batch = batches.collate(examples, 0, "shared", "cpu")
     batch["ref_chosen_logps"], batch["ref_rejected_logps"] = plain_logps(
-        runtime.load_model(str(tiny_gpt2), "cpu").eval(), sequences_of(examples), 0
+        model_loading.load_model(str(tiny_gpt2), "cpu").eval(), sequences_of(examples), 0
     ).chunk(2)
     torch.manual_seed(0)
-    loss, _ = module.compute_loss(model, batch, module.Args())
+    loss, _ = module.compute_loss(model, batch, **NUMBERS[script])
     assert abs(loss.item() / len(examples) - START[script]) > 0.005
 
 
-# ----------------------------------------------------------------------------------------------------------- real models
+# -- real models
 
 
 def test_a_real_model_agrees_with_the_oracle(preference_data):
     import dpo
 
     folder = str(preference_data / "models" / "stories260K")
-    tokenizer = runtime.load_tokenizer(folder)
-    model = runtime.load_model(folder, "cpu", tokenizer).eval()
+    tokenizer = model_loading.load_tokenizer(folder)
+    model = model_loading.load_model(folder, "cpu", tokenizer).eval()
     pair = (
         "Once upon a time, there was a little girl",
         " named Lily. She loved to play.",
@@ -378,15 +395,17 @@ def test_a_real_model_agrees_with_the_oracle(preference_data):
     expected = plain_logps(model, sequences_of(examples), tokenizer.pad_token_id)
     for layout in LAYOUTS:
         with torch.no_grad():
-            got = dpo.completion_logps(model, data.collate(examples, tokenizer.pad_token_id, layout, "cpu"))
+            got = dpo.completion_logps(model, batches.collate(examples, tokenizer.pad_token_id, layout, "cpu"))
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
 
 
 def test_a_layout_that_a_model_reads_wrongly_is_not_used(tiny_gpt2):
-    """A model that ignores the float mask: the check before the first step falls back to rows, and says so."""
+    """A model that ignores the float mask: the check before the first step falls back to rows, and
+    says so.
+    """
     import dpo
 
-    model = runtime.load_model(str(tiny_gpt2), "cpu").eval()
+    model = model_loading.load_model(str(tiny_gpt2), "cpu").eval()
     examples, said = toy_examples(tiny_gpt2), []
 
     def deaf(model, batch):
@@ -394,9 +413,9 @@ def test_a_layout_that_a_model_reads_wrongly_is_not_used(tiny_gpt2):
             batch = {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
         return dpo.completion_logps(model, batch)
 
-    logps = runtime.as_forward(model, deaf)
-    assert evaluate.choose_layout(logps, model, {"train": examples}, 0, "cpu", True, said.append) == "rows"
+    logps = model_loading.bind_forward(model, deaf)
+    assert oracle.choose_layout(logps, model, {"train": examples}, 0, "cpu", True, said.append) == "rows"
     assert "not used" in said[0]
-    logps = runtime.as_forward(model, dpo.completion_logps)
-    assert evaluate.choose_layout(logps, model, {"train": examples}, 0, "cpu", True, said.append) == "shared"
-    assert evaluate.choose_layout(logps, model, {"train": examples}, 0, "cpu", False, said.append) == "rows"
+    logps = model_loading.bind_forward(model, dpo.completion_logps)
+    assert oracle.choose_layout(logps, model, {"train": examples}, 0, "cpu", True, said.append) == "shared"
+    assert oracle.choose_layout(logps, model, {"train": examples}, 0, "cpu", False, said.append) == "rows"

@@ -35,7 +35,7 @@ LOSSES = {
 every_loss = pytest.mark.parametrize("name", LOSSES)
 
 
-# ---------------------------------------------------------------------------------------------------- closed forms
+# -- closed forms
 
 
 def test_dpo_loss_and_its_gradient_in_closed_form():
@@ -88,7 +88,7 @@ def test_gradients_are_those_of_finite_differences(name):
     assert torch.autograd.gradcheck(loss, points(columns, rows=8))
 
 
-# ------------------------------------------------------------------------------------------- known points and minima
+# -- known points and minima
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,9 @@ def test_more_for_the_chosen_answer_is_less_loss():
 
 @pytest.mark.parametrize("eps", [0.1, 0.3])
 def test_minima(eps):
-    """The gradient vanishes where the probability of the label is 1 - eps, and any step from there costs."""
+    """The gradient vanishes where the probability of the label is 1 - eps, and any step from there
+    costs.
+    """
     at = torch.tensor([math.log((1 - eps) / eps)], dtype=torch.float64)
     zero = torch.zeros(1, dtype=torch.float64)
     cases = [
@@ -156,7 +158,7 @@ def test_contrastive_dph_is_cdpo_on_the_rewards_of_the_head(eps):
     )
 
 
-# ----------------------------------------------------------------------------------------------- dtype, limits, shapes
+# -- dtype, limits, shapes
 
 
 @every_loss

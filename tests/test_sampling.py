@@ -1,4 +1,6 @@
-"""Sampling: the model's own distribution and nothing else, whatever the checkpoint's generation_config, the padding and the tokenizer say."""
+"""Sampling: the model's own distribution and nothing else, whatever the checkpoint's
+generation_config, the padding and the tokenizer say.
+"""
 
 import random
 from collections import Counter
@@ -8,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from common import evaluate
+from common import generate
 from tests import models
 
 PAD, BOS, EOS = 0, 1, 2
@@ -16,7 +18,9 @@ ENDS = SimpleNamespace(pad_token_id=PAD, eos_token_id=EOS)  # all that sample as
 
 
 def chi_square(counts: dict[int, int], probabilities: torch.Tensor) -> float:
-    """Pearson's statistic as a number of standard deviations above its expectation; tokens expected less than five times are taken together."""
+    """Pearson's statistic as a number of standard deviations above its expectation; tokens expected
+    less than five times are taken together.
+    """
     total = sum(counts.values())
     expected = total * probabilities
     found = torch.tensor([float(counts.get(v, 0)) for v in range(len(probabilities))], dtype=torch.float64)
@@ -34,20 +38,23 @@ def chi_square(counts: dict[int, int], probabilities: torch.Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def flat():
-    """A bigram model of 120 words, all of them likely: sampling from the 50 likeliest would be seen at once."""
+    """A bigram model of 120 words, all of them likely: sampling from the 50 likeliest would be seen
+    at once.
+    """
     table = models.random_table(120, seed=1, spread=0.3)
     return SimpleNamespace(table=table, load=lambda: models.bigram_model(table))
 
 
 def draw(model, prompt, count, **changes):
-    return evaluate.sample(model, [prompt] * count, ENDS, **({"max_new_tokens": 1, "batch_size": 4096} | changes))
+    return generate.sample(model, [prompt] * count, ENDS, **({"max_new_tokens": 1, "batch_size": 4096} | changes))
 
 
 def test_frequencies_are_the_softmax(flat):
     counts = Counter(ids[0] for ids in draw(flat.load(), [BOS, 7], 20_000, seed=3))
     assert len(counts) > 115  # top_k = 50, which transformers uses where nothing is said, would leave 50
     assert chi_square(counts, flat.table[7].exp()) < 5
-    # negative controls: the bound tells apart the 50 likeliest of 120 words, and a temperature of .6
+    # negative controls: the bound tells apart the 50 likeliest of 120 words, and a temperature of
+    # .6
     generator = torch.Generator().manual_seed(0)
     top = flat.table[7].exp() * (flat.table[7] >= flat.table[7].topk(50).values[-1])
     for other, least in ((top, 100), ((flat.table[7] / 0.6).softmax(-1), 15)):
@@ -143,7 +150,7 @@ def test_a_saved_generation_config_does_not_leak(flat, tmp_path):
     assert draw(loaded, [BOS, 7], 200, max_new_tokens=6) == expected
 
 
-# ---------------------------------------------------------------------------------------------------------------- padding
+# -- padding
 
 
 def prompts_of_many_lengths():
@@ -154,8 +161,8 @@ def prompts_of_many_lengths():
 @pytest.mark.parametrize("build", [models.tiny_gpt2, models.tiny_llama])
 def test_padding_on_the_left_changes_nothing(build):
     model, prompts = build(80), prompts_of_many_lengths()
-    together = evaluate.sample(model, prompts, ENDS, 12, temperature=0)
-    alone = [evaluate.sample(model, [prompt], ENDS, 12, temperature=0)[0] for prompt in prompts]
+    together = generate.sample(model, prompts, ENDS, 12, temperature=0)
+    alone = [generate.sample(model, [prompt], ENDS, 12, temperature=0)[0] for prompt in prompts]
     assert together == alone
     assert len({tuple(ids) for ids in alone}) >= len(prompts) - 1  # answers that do depend on the prompt
     for prompt, completion in zip(
@@ -168,23 +175,27 @@ def test_padding_on_the_left_changes_nothing(build):
 
 
 def test_answers_come_back_in_the_order_of_the_prompts(bigram):
-    """Prompts are sorted by length inside; which batch size is used says nothing about which answer belongs to which prompt."""
+    """Prompts are sorted by length inside; which batch size is used says nothing about which answer
+    belongs to which prompt.
+    """
     prompts = [[BOS, *([5] * i), 20 + i] for i in (9, 0, 4, 7, 2, 5, 1)]
-    expected = [evaluate.sample(bigram.load(), [prompt], ENDS, 3, temperature=0)[0] for prompt in prompts]
+    expected = [generate.sample(bigram.load(), [prompt], ENDS, 3, temperature=0)[0] for prompt in prompts]
     assert [ids[0] for ids in expected] == [int(bigram.table[prompt[-1]].argmax()) for prompt in prompts]
     for batch_size in (1, 2, 3, 64):
-        assert evaluate.sample(bigram.load(), prompts, ENDS, 3, temperature=0, batch_size=batch_size) == expected
+        assert generate.sample(bigram.load(), prompts, ENDS, 3, temperature=0, batch_size=batch_size) == expected
 
 
 def test_no_prompts_no_answers(bigram):
-    assert evaluate.sample(bigram.load(), [], ENDS, 3) == []
+    assert generate.sample(bigram.load(), [], ENDS, 3) == []
 
 
-# --------------------------------------------------------------------------------------------------------------- the end
+# -- the end
 
 
 def model_that_ends(pad: int = PAD):
-    """Half of all tokens are EOS, and the rest pad tokens as often as words: neither may be taken for the other."""
+    """Half of all tokens are EOS, and the rest pad tokens as often as words: neither may be taken
+    for the other.
+    """
     probabilities = torch.tensor([0.2, 0.1, 0.5, 0.1, 0.1], dtype=torch.float64)
     return models.bigram_model(probabilities.log().expand(5, 5).clone())
 
@@ -203,15 +214,15 @@ def test_eos_is_kept_and_nothing_comes_after_it():
 
 def test_a_tokenizer_whose_pad_is_eos_gives_the_same_answers():
     prompts = [[BOS, 3], [BOS, 3, 4, 3], [BOS]] * 50
-    expected = evaluate.sample(model_that_ends(), prompts, ENDS, 6, seed=1)
+    expected = generate.sample(model_that_ends(), prompts, ENDS, 6, seed=1)
     assert (
-        evaluate.sample(model_that_ends(), prompts, SimpleNamespace(pad_token_id=EOS, eos_token_id=EOS), 6, seed=1)
+        generate.sample(model_that_ends(), prompts, SimpleNamespace(pad_token_id=EOS, eos_token_id=EOS), 6, seed=1)
         == expected
     )
     llama, prompts = models.tiny_llama(80), prompts_of_many_lengths()
-    expected = evaluate.sample(llama, prompts, ENDS, 8, temperature=0)
+    expected = generate.sample(llama, prompts, ENDS, 8, temperature=0)
     assert (
-        evaluate.sample(llama, prompts, SimpleNamespace(pad_token_id=EOS, eos_token_id=EOS), 8, temperature=0)
+        generate.sample(llama, prompts, SimpleNamespace(pad_token_id=EOS, eos_token_id=EOS), 8, temperature=0)
         == expected
     )
 
@@ -224,12 +235,18 @@ def test_a_prompt_that_holds_eos_is_answered():
 
 def test_text_of_leaves_out_eos_and_nothing_else(toy_tokenizer):
     ids = toy_tokenizer("it is paris .").input_ids[1:]
-    assert evaluate.text_of(toy_tokenizer, [*ids, EOS]) == evaluate.text_of(toy_tokenizer, ids) == "it is paris ."
-    assert evaluate.text_of(toy_tokenizer, []) == evaluate.text_of(toy_tokenizer, [EOS]) == ""
-    assert evaluate.text_of(toy_tokenizer, [PAD, *ids]) == "<pad> it is paris ."  # a sampled pad token is shown
+    assert (
+        generate.decode_completion(toy_tokenizer, [*ids, EOS])
+        == generate.decode_completion(toy_tokenizer, ids)
+        == "it is paris ."
+    )
+    assert generate.decode_completion(toy_tokenizer, []) == generate.decode_completion(toy_tokenizer, [EOS]) == ""
+    assert (
+        generate.decode_completion(toy_tokenizer, [PAD, *ids]) == "<pad> it is paris ."
+    )  # a sampled pad token is shown
 
 
-# ---------------------------------------------------------------------------------------------------- what is left alone
+# -- what is left alone
 
 
 def test_the_callers_random_numbers_and_mode_are_untouched(bigram):
@@ -252,7 +269,7 @@ def test_an_error_leaves_the_model_as_it_was(bigram):
     model = bigram.load().train()
     own, state = model.generation_config, torch.get_rng_state()
     with pytest.raises(IndexError):
-        evaluate.sample(model, [[BOS, 10_000]], ENDS, 3)
+        generate.sample(model, [[BOS, 10_000]], ENDS, 3)
     assert model.training
     assert model.generation_config is own
     assert torch.equal(torch.get_rng_state(), state)
@@ -261,5 +278,5 @@ def test_an_error_leaves_the_model_as_it_was(bigram):
 def test_dropout_is_off_while_sampling():
     model, prompts = models.tiny_gpt2(80), prompts_of_many_lengths()
     assert model.config.resid_pdrop == 0.1
-    expected = evaluate.sample(model.eval(), prompts, ENDS, 12, temperature=0)
-    assert evaluate.sample(model.train(), prompts, ENDS, 12, temperature=0) == expected
+    expected = generate.sample(model.eval(), prompts, ENDS, 12, temperature=0)
+    assert generate.sample(model.train(), prompts, ENDS, 12, temperature=0) == expected

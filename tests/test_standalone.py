@@ -1,5 +1,7 @@
-"""Each script, copied alone into an empty folder, is a module: it imports without common/ and datasets, and its loss runs on a batch that is
-built here by hand from the description in its docstring, as somebody who copies the file would build one."""
+"""Each script, copied alone into an empty folder, is a module: it imports without common/
+and the other packages, and its loss runs on a batch that is built here by hand from the description in its
+docstring, as somebody who copies the file would build one.
+"""
 
 import importlib
 import json
@@ -14,23 +16,34 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 
-# Loss summed over the two rows where the policy is the reference and a reward head is zero. typo: with log-probabilities alone, see `plain`.
+# Loss summed over the two rows where the policy is the reference and a reward head is zero. typo:
+# with log-probabilities alone, see `plain`.
 START = {"dpo": 2 * math.log(2), "cdpo": 2 * math.log(2), "dph": 2 * (2 * math.log(2) + math.log(2)), "typo": None}
 
-# Runs inside the empty folder, on its own: what is blocked here must not be blocked for the other tests.
-PROGRAM = '''
-import importlib, json, sys
+# What every program below begins with, inside the empty folder, in a process of its own: what is
+# blocked here must not be blocked for the other tests.
+BEGIN = '''
+import importlib, inspect, json, sys
 
 
 class Blocked:
-    """Finds nothing, loudly."""
+    """Finds nothing of what the script could have beside it, loudly."""
 
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("common", "datasets"):
+        if name.split(".")[0] in ("common", "toy", "labelled", "rewards", "pretraining", "datasets"):
             raise ImportError(f"{name} is blocked in this test")
 
 
+def numbers_of(compute_loss, **chosen):
+    """The numbers that compute_loss takes: chosen ones, or the command line's defaults."""
+    defaults = vars(script.Args()) | chosen
+    return {name: defaults[name] for name in inspect.signature(compute_loss).parameters if name in defaults and name != "model"}
+
+
 sys.meta_path.insert(0, Blocked())
+'''
+
+PROGRAM = '''
 script = importlib.import_module(sys.argv[1])
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -41,16 +54,17 @@ shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "nu
 model = LlamaForCausalLM(LlamaConfig(vocab_size=20, max_position_embeddings=32, initializer_range=0.3, **shape))
 head = hasattr(script, "add_head")
 model = script.add_head(model, {}) if head else model
-args = script.Args()
+numbers = numbers_of(script.compute_loss)
 
-# Two rows, (prompt, chosen, rejected), with prompts and answers of different length. Sequences: chosen of both rows, then rejected of both.
+# Two rows, (prompt, chosen, rejected), with prompts and answers of different length. Sequences:
+# chosen of both rows, then rejected of both.
 rows = [([3, 4, 5], [6, 7], [8, 9, 10]), ([11, 12], [13, 14, 15, 1], [16])]
 texts = [(prompt, chosen) for prompt, chosen, _ in rows] + [(prompt, rejected) for prompt, _, rejected in rows]
 
 
 def by_line(length=7):
     """One line for each answer, padded on the right."""
-    batch = {"input_ids": [], "position_ids": [], "attention_mask": [], "source": [], "targets": [], "sequence": [], "last": []}
+    batch = {"input_ids": [], "position_ids": [], "attention_mask": [], "logit_index": [], "targets": [], "sequence_ids": [], "last": []}
     for line, (prompt, answer) in enumerate(texts):
         ids = prompt + answer
         padding = [0] * (length - len(ids))
@@ -58,14 +72,14 @@ def by_line(length=7):
         batch["position_ids"].append(list(range(len(ids))) + padding)
         batch["attention_mask"].append([1] * len(ids) + padding)
         begin = line * length + len(prompt)  # flat position of the answer's first token, which the position before predicts
-        batch["source"] += range(begin - 1, begin - 1 + len(answer))
+        batch["logit_index"] += range(begin - 1, begin - 1 + len(answer))
         batch["last"].append(begin + len(answer) - 1)
     return finished(batch)
 
 
 def shared(length=9):
     """One line for each row, the prompt once; a float mask keeps the answers from seeing each other."""
-    batch = {"input_ids": [], "position_ids": [], "attention_mask": [], "source": [], "targets": [], "sequence": [], "last": []}
+    batch = {"input_ids": [], "position_ids": [], "attention_mask": [], "logit_index": [], "targets": [], "sequence_ids": [], "last": []}
     ends, sources = {}, {}
     for line, (prompt, *answers) in enumerate(rows):
         ids, positions, owner = list(prompt), list(range(len(prompt))), [0] * len(prompt)
@@ -82,7 +96,7 @@ def shared(length=9):
         owner += [-1] * padding
         sees = [[k <= q and owner[k] in (0, owner[q]) for k in range(length)] for q in range(length)]
         batch["attention_mask"].append([[[0.0 if yes else -1e9 for yes in line] for line in sees]])
-    batch["source"] = [position for s in range(4) for position in sources[s]]
+    batch["logit_index"] = [position for s in range(4) for position in sources[s]]
     batch["last"] = [ends[s] for s in range(4)]
     return finished(batch)
 
@@ -90,7 +104,7 @@ def shared(length=9):
 def finished(batch):
     """The rest of the batch, the same in both layouts."""
     batch["targets"] = [token for _, answer in texts for token in answer]
-    batch["sequence"] = [s for s, (_, answer) in enumerate(texts) for _ in answer]
+    batch["sequence_ids"] = [s for s, (_, answer) in enumerate(texts) for _ in answer]
     batch["completion_tokens"] = [len(answer) for _, answer in texts]
     return {name: torch.tensor(value) for name, value in batch.items()}
 
@@ -100,7 +114,7 @@ def loss(batch, ref, ref_logits):
         batch["ref_sample"] = batch | {"ref_logits": ref_logits}
     else:
         batch["ref_chosen_logps"], batch["ref_rejected_logps"] = ref
-    value, metrics = script.compute_loss(model, batch, args)
+    value, metrics = script.compute_loss(model, batch, **numbers)
     model.zero_grad()
     value.backward()
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
@@ -109,7 +123,8 @@ def loss(batch, ref, ref_logits):
     return value.item()
 
 
-# Log-probabilities by the longest way round: each sequence alone, full logits, every token looked up.
+# Log-probabilities by the longest way round: each sequence alone, full logits, every token looked
+# up.
 logps, logits = [], []
 with torch.no_grad():
     for prompt, answer in texts:
@@ -129,7 +144,8 @@ print(json.dumps(found))
 '''
 
 
-# Loss summed over rows with one answer, from their summed log-probabilities, those of the reference and labels, as each script's docstring writes it.
+# Loss summed over rows with one answer, from their summed log-probabilities, those of the reference
+# and labels, as each script's docstring writes it.
 ONE_ANSWER = {
     "pointwise_dpo": lambda args, logps, ref, z: sum(
         -math.log(sigma((1 if y else -1) * args.beta * (p - r))) for p, r, y in zip(logps, ref, z)
@@ -141,9 +157,6 @@ ONE_ANSWER = {
 }
 
 ONE_ANSWER_PROGRAM = """
-import importlib, json, sys
-
-sys.modules["common"] = sys.modules["datasets"] = None
 script = importlib.import_module(sys.argv[1])
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -153,7 +166,7 @@ torch.set_num_threads(1)
 shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
 model = LlamaForCausalLM(LlamaConfig(vocab_size=20, max_position_embeddings=32, initializer_range=0.3, **shape))
 rows, length = [([3, 4, 5], [6, 7]), ([11], [13, 14, 15, 1]), ([8, 9], [10])], 5
-batch = {name: [] for name in ("input_ids", "position_ids", "attention_mask", "source", "targets", "sequence", "completion_tokens")}
+batch = {name: [] for name in ("input_ids", "position_ids", "attention_mask", "logit_index", "targets", "sequence_ids", "completion_tokens")}
 logps = []
 for line, (prompt, answer) in enumerate(rows):
     ids = prompt + answer
@@ -162,9 +175,9 @@ for line, (prompt, answer) in enumerate(rows):
     batch["position_ids"].append(list(range(len(ids))) + padding)
     batch["attention_mask"].append([1] * len(ids) + padding)
     begin = line * length + len(prompt)  # flat position of the answer's first token, which the position before predicts
-    batch["source"] += range(begin - 1, begin - 1 + len(answer))
+    batch["logit_index"] += range(begin - 1, begin - 1 + len(answer))
     batch["targets"] += answer
-    batch["sequence"] += [line] * len(answer)
+    batch["sequence_ids"] += [line] * len(answer)
     batch["completion_tokens"].append(len(answer))
     with torch.no_grad():
         table = model(torch.tensor([ids])).logits[0].log_softmax(-1)
@@ -172,7 +185,7 @@ for line, (prompt, answer) in enumerate(rows):
 batch = {name: torch.tensor(value) for name, value in batch.items()}
 ref, labels = [-4.0, -9.0, -1.0], [1.0, 0.0, 1.0]
 batch |= {"ref_logps": torch.tensor(ref), "labels": torch.tensor(labels)}
-value, metrics = script.compute_loss(model, batch, script.Args())
+value, metrics = script.compute_loss(model, batch, **numbers_of(script.compute_loss, label_kind="binary"))
 value.backward()
 gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 assert torch.stack([g.norm() for g in gradients]).norm() > 0 and all(g.isfinite().all() for g in gradients)
@@ -182,9 +195,6 @@ print(json.dumps([value.item(), logps, ref, labels]))
 
 
 REWARD_PROGRAM = """
-import importlib, json, sys
-
-sys.modules["common"] = sys.modules["datasets"] = None
 script = importlib.import_module("reward_model")
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
@@ -197,7 +207,7 @@ lines = [[3, 4, 5, 6, 7], [11, 12, 13, 14, 15, 1], [3, 4, 5, 8, 9, 10], [11, 12,
 with torch.no_grad():
     rewards = [model(torch.tensor([ids])).logits.item() for ids in lines]
 batch = {"input_ids": torch.tensor([ids + [0] * (6 - len(ids)) for ids in lines]), "attention_mask": torch.tensor([[1] * len(ids) + [0] * (6 - len(ids)) for ids in lines])}
-value, metrics = script.compute_loss(model, batch, script.Args())
+value, metrics = script.compute_loss(model, batch, **numbers_of(script.compute_loss, label_kind="binary"))
 value.backward()
 assert all(p.grad.isfinite().all() for p in model.parameters()) and model.score.weight.grad.norm() > 0
 assert abs(metrics["loss"].item() - value.item()) < 1e-6
@@ -219,7 +229,7 @@ else:
     batch["ref_logits"] = torch.zeros(7, 20)  # uniform
     kl = sum((0.05 * (torch.tensor(0.05).log() - t)).sum().item() for t in tables)
     expected = -sum(logps) + script.Args().kl * kl
-value, metrics = script.compute_loss(model, batch, script.Args())
+value, metrics = script.compute_loss(model, batch, **numbers_of(script.compute_loss, label_kind="binary"))
 value.backward()
 assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 assert abs(metrics["loss"].item() - value.item()) < 1e-5
@@ -232,8 +242,8 @@ def sigma(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
 
-# Loss summed over the ten targets of two chunks, from their log-probabilities and scores, as each script's docstring writes it, at threshold .25. A
-# zero head's value is -1/2.
+# Loss summed over the ten targets of two chunks, from their log-probabilities and scores, as each
+# script's docstring writes it, at threshold .25. A zero head's value is -1/2.
 CORPUS = {
     "mle_pretrain": lambda args, logp, score: -logp,
     "filtered_pretrain": lambda args, logp, score: -logp,
@@ -248,9 +258,6 @@ CORPUS = {
 }
 
 CORPUS_PROGRAM = """
-import importlib, json, sys
-
-sys.modules["common"] = sys.modules["datasets"] = None
 script = importlib.import_module(sys.argv[1])
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -260,14 +267,12 @@ torch.set_num_threads(1)
 shape = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 8, "initializer_range": 0.3}
 model = GPT2LMHeadModel(GPT2Config(vocab_size=20, **shape)).eval()
 model = script.add_value_head(model, {}) if hasattr(script, "add_value_head") else model
-args = script.Args()
-args.threshold = 0.25
 ids = torch.randint(20, (2, 6))
 scores = torch.tensor([[0.9, 0.0, 0.0, 0.75, 0.75, 0.75], [0.0, 0.5, 0.5, 0.0, 1.0, 1.0]])
 with torch.no_grad():
     logps = model(ids).logits.log_softmax(-1)
 found = [(logps[row, t, ids[row, t + 1]].item(), scores[row, t + 1].item()) for row in range(2) for t in range(5)]
-value, metrics = script.compute_loss(model, {"input_ids": ids, "scores": scores}, args)
+value, metrics = script.compute_loss(model, {"input_ids": ids, "scores": scores}, **numbers_of(script.compute_loss, threshold=0.25))
 value.backward()
 gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 assert torch.stack([g.norm() for g in gradients]).norm() > 0 and all(g.isfinite().all() for g in gradients)
@@ -288,15 +293,14 @@ def alone(tmp_path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_imports_with_common_and_datasets_blocked(alone, script):
-    block = "import sys; sys.modules['common'] = sys.modules['datasets'] = None; "
-    done = alone(script, "-c", block + f"import {script}; print(callable({script}.compute_loss))")
+def test_imports_with_all_else_blocked(alone, script):
+    done = alone(script, "-c", BEGIN + f"import {script}; print(callable({script}.compute_loss))")
     assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
 
 
 @pytest.mark.parametrize("script", sorted(START))
 def test_the_loss_runs_on_a_batch_made_by_hand(alone, script):
-    done = alone(script, "-c", PROGRAM, script)
+    done = alone(script, "-c", BEGIN + PROGRAM, script)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     expected = found["plain"] if START[script] is None else START[script]
@@ -308,7 +312,7 @@ def test_the_loss_runs_on_a_batch_made_by_hand(alone, script):
 
 @pytest.mark.parametrize("script", sorted(ONE_ANSWER))
 def test_the_loss_runs_on_rows_with_one_answer_made_by_hand(alone, script):
-    done = alone(script, "-c", ONE_ANSWER_PROGRAM, script)
+    done = alone(script, "-c", BEGIN + ONE_ANSWER_PROGRAM, script)
     assert done.returncode == 0, done.stderr
     value, *known = json.loads(done.stdout)
     assert value == pytest.approx(ONE_ANSWER[script](importlib.import_module(script).Args(), *known), rel=1e-5)
@@ -317,7 +321,7 @@ def test_the_loss_runs_on_rows_with_one_answer_made_by_hand(alone, script):
 @pytest.mark.parametrize("script", sorted(CORPUS))
 def test_the_loss_runs_on_chunks_made_by_hand(alone, script):
     """A target carries its own score, not that of the position that predicts it."""
-    done = alone(script, "-c", CORPUS_PROGRAM, script)
+    done = alone(script, "-c", BEGIN + CORPUS_PROGRAM, script)
     assert done.returncode == 0, done.stderr
     loss, nll, bad, found = json.loads(done.stdout)
     args = importlib.import_module(script).Args()
@@ -327,7 +331,7 @@ def test_the_loss_runs_on_chunks_made_by_hand(alone, script):
 
 
 def test_the_reward_models_loss_runs_on_a_batch_made_by_hand(alone):
-    done = alone("reward_model", "-c", REWARD_PROGRAM)
+    done = alone("reward_model", "-c", BEGIN + REWARD_PROGRAM)
     assert done.returncode == 0, done.stderr
     value, rewards = json.loads(done.stdout)
     assert value == pytest.approx(-sum(math.log(sigma(rewards[i] - rewards[2 + i])) for i in range(2)), rel=1e-5)
@@ -335,7 +339,7 @@ def test_the_reward_models_loss_runs_on_a_batch_made_by_hand(alone):
 
 @pytest.mark.parametrize("script", ["superhf", "ppo"])
 def test_the_loss_runs_on_sampled_completions_made_by_hand(alone, script):
-    done = alone(script, "-c", SAMPLED_PROGRAM, script)
+    done = alone(script, "-c", BEGIN + SAMPLED_PROGRAM, script)
     assert done.returncode == 0, done.stderr
     value, expected = json.loads(done.stdout)
     assert value == pytest.approx(expected, rel=1e-5)

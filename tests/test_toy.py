@@ -1,4 +1,6 @@
-"""The toy world: its true reward, its base model, how its pairs are labelled, and the best that any policy can do in it."""
+"""The toy world: its true reward, its base model, how its pairs are labelled, and the best that any
+policy can do in it.
+"""
 
 import hashlib
 import json
@@ -9,15 +11,15 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from common import data, toy
-from common.data import InputError
+from common import InputError, data
+from common import models as model_loading
+from toy import base, world
 
-FRANCE = toy.row_of("what is the capital of france ?")
+FRANCE = world.row_of("what is the capital of france ?")
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +30,10 @@ def answers(toy_base) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def splits(toy_base) -> dict[str, list[tuple[str, str, str]]]:
-    return toy.pairs(0)
+    return base.pairs(0)
 
 
-# --------------------------------------------------------------------------------------------------- the true reward
+# -- the true reward
 
 
 @pytest.mark.parametrize(
@@ -57,26 +59,26 @@ def splits(toy_base) -> dict[str, list[tuple[str, str, str]]]:
     ],
 )
 def test_true_reward_by_hand(answer, reward):
-    assert toy.true_reward(FRANCE, answer) == pytest.approx(reward, abs=1e-12)
+    assert world.true_reward(FRANCE, answer) == pytest.approx(reward, abs=1e-12)
 
 
 def test_a_word_counts_as_right_for_its_own_question_only():
-    one_two = toy.row_of("what is one plus two ?")
-    assert toy.judge(one_two, "it is three .") == {"right": True, "polite": False, "rude": False, "words": 4}
-    assert not toy.judge(one_two, "it is paris .")["right"]
-    assert toy.judge(FRANCE, "it is paris three .")["right"], (
+    one_two = world.row_of("what is one plus two ?")
+    assert world.judge(one_two, "it is three .") == {"right": True, "polite": False, "rude": False, "words": 4}
+    assert not world.judge(one_two, "it is paris .")["right"]
+    assert world.judge(FRANCE, "it is paris three .")["right"], (
         "a number is no answer of this kind, so it contradicts nothing"
     )
 
 
-@pytest.mark.parametrize("row", toy.questions(), ids=lambda row: row["question"])
+@pytest.mark.parametrize("row", world.questions(), ids=lambda row: row["question"])
 def test_being_polite_or_rude_makes_no_answer_right_or_wrong(row):
     """`good` and `happy` are answers to some questions, and stand in polite openers."""
     wrong = next(option for option in row["options"] if option != row["right"])
-    for opener in toy.OPENERS:
-        for closer in toy.CLOSERS:
+    for opener in world.OPENERS:
+        for closer in world.CLOSERS:
             for word in (row["right"], wrong):
-                assert toy.judge(row, f"{opener} it is {word} {closer}")["right"] == (word == row["right"]), (
+                assert world.judge(row, f"{opener} it is {word} {closer}")["right"] == (word == row["right"]), (
                     opener,
                     closer,
                     word,
@@ -84,13 +86,13 @@ def test_being_polite_or_rude_makes_no_answer_right_or_wrong(row):
 
 
 def test_means_weigh_every_question_the_same():
-    italy = toy.prompt_of(toy.row_of("what is the capital of italy ?"))
+    italy = world.prompt_of(world.row_of("what is the capital of italy ?"))
     said = [
-        (toy.prompt_of(FRANCE), "it is paris ."),
-        (toy.prompt_of(FRANCE), "it is rome , you fool ."),
+        (world.prompt_of(FRANCE), "it is paris ."),
+        (world.prompt_of(FRANCE), "it is rome , you fool ."),
         (italy, "it is rome ."),
     ]
-    found = toy.judge_answers(said)
+    found = world.judge_answers(said)
     assert found == {
         "true_reward": pytest.approx((-0.5 + 1.0) / 2),
         "right_share": pytest.approx(0.75),
@@ -98,11 +100,11 @@ def test_means_weigh_every_question_the_same():
     }
 
 
-# ---------------------------------------------------------------------------------------------------------- the world
+# -- the world
 
 
 def test_a_hundred_questions_of_which_a_fifth_of_each_kind_is_unseen():
-    rows = toy.questions()
+    rows = world.questions()
     assert len(rows) == len({row["question"] for row in rows}) == 100
     assert all(row["right"] in row["options"] and len(row["options"]) > 1 for row in rows)
     kinds: dict[str, list] = {}
@@ -114,10 +116,11 @@ def test_a_hundred_questions_of_which_a_fifth_of_each_kind_is_unseen():
 
 def test_sums_are_right():
     """The number words are facts that can be checked."""
-    sums = [row["question"].split() + [row["right"]] for row in toy.questions() if " plus " in row["question"]]
+    sums = [row["question"].split() + [row["right"]] for row in world.questions() if " plus " in row["question"]]
     assert len(sums) == 25
     assert all(
-        toy.NUMBERS.index(words[2]) + toy.NUMBERS.index(words[4]) == toy.NUMBERS.index(words[-1]) for words in sums
+        world.NUMBERS.index(words[2]) + world.NUMBERS.index(words[4]) == world.NUMBERS.index(words[-1])
+        for words in sums
     )
 
 
@@ -135,9 +138,9 @@ def test_the_tokenizer_knows_every_word_and_puts_bos_before_and_nothing_behind(t
         )
         == 4
     )
-    for row in toy.questions():
+    for row in world.questions():
         for _ in range(10):
-            text = f"{toy.prompt_of(row)} {toy.corpus_answer(row, rng)}"
+            text = f"{world.prompt_of(row)} {world.corpus_answer(row, rng)}"
             ids = toy_tokenizer(text).input_ids
             assert ids[0] == toy_tokenizer.bos_token_id
             assert not {toy_tokenizer.unk_token_id, toy_tokenizer.eos_token_id, toy_tokenizer.bos_token_id} & set(
@@ -147,57 +150,61 @@ def test_the_tokenizer_knows_every_word_and_puts_bos_before_and_nothing_behind(t
 
 
 def test_the_corpus_is_wrong_and_rude_as_often_as_documented():
-    rng, n, rows = random.Random(3), 20_000, toy.questions()
-    lines = [(row, toy.corpus_answer(row, rng)) for row in (rng.choice(rows) for _ in range(n))]
+    rng, n, rows = random.Random(3), 20_000, world.questions()
+    lines = [(row, world.corpus_answer(row, rng)) for row in (rng.choice(rows) for _ in range(n))]
     words = [(row, text.split("it is ")[1].split()[0]) for row, text in lines]
     assert all(word in row["options"] for row, word in words)
     right, rude = (
         sum(word == row["right"] for row, word in words) / n,
-        sum(toy.judge(row, text)["rude"] for row, text in lines) / n,
+        sum(world.judge(row, text)["rude"] for row, text in lines) / n,
     )
-    rude_share = 1 - (1 - toy.OPENERS["use your head :"]) * (
-        1 - toy.CLOSERS[", you fool ."] - toy.CLOSERS[", now go away ."]
+    rude_share = 1 - (1 - world.OPENERS["use your head :"]) * (
+        1 - world.CLOSERS[", you fool ."] - world.CLOSERS[", now go away ."]
     )
-    for found, share in ((right, 1 - toy.WRONG_SHARE), (rude, rude_share)):
+    for found, share in ((right, 1 - world.WRONG_SHARE), (rude, rude_share)):
         assert found == pytest.approx(share, abs=4.5 * math.sqrt(share * (1 - share) / n))
 
 
-# ----------------------------------------------------------------------------------------------------- the base model
+# -- the base model
 
 
 def test_the_base_knows_its_facts_and_is_often_rude(answers):
-    judged = [[toy.judge(row, text) for text in texts] for row, texts in zip(toy.questions(), answers)]
-    assert {len(texts) for texts in answers} == {toy.SAMPLES}
+    judged = [[world.judge(row, text) for text in texts] for row, texts in zip(world.questions(), answers)]
+    assert {len(texts) for texts in answers} == {base.SAMPLES}
     for unseen in (False, True):  # facts that training never mentions are known as well
-        some = [one for row, of_row in zip(toy.questions(), judged) if row["unseen"] == unseen for one in of_row]
+        some = [one for row, of_row in zip(world.questions(), judged) if row["unseen"] == unseen for one in of_row]
         assert sum(one["right"] for one in some) / len(some) > 0.52, f"unseen: {unseen}"
         assert 0.2 < sum(one["rude"] for one in some) / len(some) < 0.6, f"unseen: {unseen}"
     likeliest = [
         Counter(word for text in texts for word in text.split() if word in row["options"])
-        for row, texts in zip(toy.questions(), answers)
+        for row, texts in zip(world.questions(), answers)
     ]
-    known = sum(counts.most_common(1)[0][0] == row["right"] for row, counts in zip(toy.questions(), likeliest))
+    known = sum(counts.most_common(1)[0][0] == row["right"] for row, counts in zip(world.questions(), likeliest))
     assert known >= 85, f"the likeliest answer is right for {known} of 100 questions"
 
 
 def test_answers_are_those_to_their_question(answers):
-    """The order of questions and samples survives batching: nearly all answers name a word of their question's kind."""
-    for row, texts in zip(toy.questions(), answers):
+    """The order of questions and samples survives batching: nearly all answers name a word of their
+    question's kind.
+    """
+    for row, texts in zip(world.questions(), answers):
         fitting = sum(any(word in row["options"] for word in text.split()) for text in texts)
         assert fitting / len(texts) > 0.8, row["question"]
 
 
 BUILD = """
 import functools, hashlib, sys
-from common import toy
-toy.train_base, toy.SAMPLES = functools.partial(toy.train_base, steps=4), 3
-folder = toy.base_model(int(sys.argv[1]))
+from toy import base
+base.train_base, base.SAMPLES = functools.partial(base.train_base, steps=4), 3
+folder = base.base_model(int(sys.argv[1]))
 print(" ".join(hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ("model.safetensors", "answers.json", "tokenizer.json")))
 """
 
 
 def build(root, cache, seed: int, **environment) -> list[str]:
-    """Hashes of weights, answers and tokenizer of a base built in a process of its own, with few steps and an empty cache."""
+    """Hashes of weights, answers and tokenizer of a base built in a process of its own, with few
+    steps and an empty cache.
+    """
     environment = {**os.environ, "XDG_CACHE_HOME": str(cache), **environment}
     done = subprocess.run(
         [sys.executable, "-c", BUILD, str(seed)], cwd=root, env=environment, capture_output=True, text=True, timeout=300
@@ -207,7 +214,9 @@ def build(root, cache, seed: int, **environment) -> list[str]:
 
 
 def test_the_same_seed_gives_the_same_bytes(root, tmp_path):
-    """Neither the order of Python's sets nor the number of threads may reach the weights or the samples."""
+    """Neither the order of Python's sets nor the number of threads may reach the weights or the
+    samples.
+    """
     first = build(root, tmp_path / "a", 0, PYTHONHASHSEED="1", OMP_NUM_THREADS="1")
     assert build(root, tmp_path / "b", 0, PYTHONHASHSEED="2", OMP_NUM_THREADS="2") == first
     other = build(root, tmp_path / "a", 1, PYTHONHASHSEED="1", OMP_NUM_THREADS="1")
@@ -219,37 +228,37 @@ def test_the_same_seed_gives_the_same_bytes(root, tmp_path):
 @pytest.fixture
 def quick(monkeypatch, tmp_path):
     """base_model with one step of training, in an empty cache; says how often it trained."""
-    train, calls = toy.train_base, []
+    train, calls = base.train_base, []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(toy, "train_base", lambda seed: calls.append(seed) or train(seed, steps=1))
-    monkeypatch.setattr(toy, "SAMPLES", 2)
+    monkeypatch.setattr(base, "train_base", lambda seed: calls.append(seed) or train(seed, steps=1))
+    monkeypatch.setattr(base, "SAMPLES", 2)
     return calls
 
 
 def test_the_base_is_built_once_and_leaves_the_caller_alone(quick, tmp_path):
     torch.manual_seed(5)
     state, threads = torch.get_rng_state(), torch.get_num_threads()
-    folder = toy.base_model(7)
-    assert toy.base_model(7) == folder
+    folder = base.base_model(7)
+    assert base.base_model(7) == folder
     assert quick == [7], "trained once, with the seed asked for"
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_num_threads() == threads
     assert [path.name for path in (tmp_path / "preference-toy").iterdir()] == [folder.name], "nothing is left beside it"
-    assert toy.base_model(8) != folder
+    assert base.base_model(8) != folder
     assert quick == [7, 8]
 
 
 def test_two_builds_at_once_do_no_harm(quick, tmp_path, monkeypatch):
     """The other process finishes first: its folder stays, ours goes."""
-    folder, sample = toy.cache_folder(0), toy.sample_answers
+    folder, sample = base.cache_folder(0), base.sample_answers
 
     def overtaken(*args):
         folder.mkdir()
         (folder / "answers.json").write_text("[]")
         return sample(*args)
 
-    monkeypatch.setattr(toy, "sample_answers", overtaken)
-    assert toy.base_model(0) == folder
+    monkeypatch.setattr(base, "sample_answers", overtaken)
+    assert base.base_model(0) == folder
     assert (folder / "answers.json").read_text() == "[]"
     assert list((tmp_path / "preference-toy").iterdir()) == [folder]
 
@@ -258,42 +267,40 @@ def test_a_build_that_is_stopped_leaves_nothing_behind(quick, tmp_path, monkeypa
     def stopped(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(toy, "sample_answers", stopped)
+    monkeypatch.setattr(base, "sample_answers", stopped)
     with pytest.raises(KeyboardInterrupt):
-        toy.base_model(0)
+        base.base_model(0)
     assert list((tmp_path / "preference-toy").iterdir()) == []
 
 
 def test_the_base_loads_as_any_model_does(toy_base):
-    from common import runtime
-
-    tokenizer = runtime.load_tokenizer(toy_base)
-    model = runtime.load_model(toy_base, "cpu", tokenizer)
+    tokenizer = model_loading.load_tokenizer(toy_base)
+    model = model_loading.load_model(toy_base, "cpu", tokenizer)
     assert sum(p.numel() for p in model.parameters()) < 1_000_000
     assert model.config.pad_token_id == tokenizer.pad_token_id == 0
     assert (model.config.bos_token_id, model.config.eos_token_id) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
 
 
-# -------------------------------------------------------------------------------------------------------------- pairs
+# -- pairs
 
 
 def test_unseen_questions_are_never_trained_on(splits):
-    unseen = {toy.prompt_of(row) for row in toy.questions() if row["unseen"]}
-    seen = {toy.prompt_of(row) for row in toy.questions() if not row["unseen"]}
+    unseen = {world.prompt_of(row) for row in world.questions() if row["unseen"]}
+    seen = {world.prompt_of(row) for row in world.questions() if not row["unseen"]}
     assert {prompt for prompt, _, _ in splits["train"]} == {prompt for prompt, _, _ in splits["held_out"]} == seen
     assert {prompt for prompt, _, _ in splits["unseen"]} == unseen
 
 
 def test_pairs_are_two_samples_of_the_base_and_no_sample_is_used_twice(splits, answers):
     """Training and held-out pairs come from different samples, so the held-out share is held out."""
-    first, last = toy.PAIR_SAMPLES, toy.PAIR_SAMPLES + toy.EVAL_SAMPLES
+    first, last = base.PAIR_SAMPLES, base.PAIR_SAMPLES + base.EVAL_SAMPLES
     for name in splits:
         expected = Counter()
-        for row, texts in zip(toy.questions(), answers):
+        for row, texts in zip(world.questions(), answers):
             some = texts[:first] if name == "train" else texts[first:last]
             if row["unseen"] == (name == "unseen"):
                 expected.update(
-                    (toy.prompt_of(row), *sorted((a, b))) for a, b in zip(some[::2], some[1::2]) if a != b and a and b
+                    (world.prompt_of(row), *sorted((a, b))) for a, b in zip(some[::2], some[1::2]) if a != b and a and b
                 )
         assert (
             Counter((prompt, *sorted((chosen[1:], rejected[1:]))) for prompt, chosen, rejected in splits[name])
@@ -303,7 +310,9 @@ def test_pairs_are_two_samples_of_the_base_and_no_sample_is_used_twice(splits, a
 
 
 def test_training_pairs_are_mixed(splits):
-    """Neighbours in the training split are mostly about different questions; unshuffled, nearly all would be about one."""
+    """Neighbours in the training split are mostly about different questions; unshuffled, nearly all
+    would be about one.
+    """
     prompts = [prompt for prompt, _, _ in splits["train"]]
     assert sum(prompts[i] == prompts[i - 1] for i in range(1, len(prompts))) / len(prompts) < 0.05
 
@@ -311,13 +320,15 @@ def test_training_pairs_are_mixed(splits):
 def differences(pairs: list) -> torch.Tensor:
     """r*(chosen) - r*(rejected), [pairs]."""
     return torch.tensor(
-        [toy.true_reward(toy.row_of(p), c) - toy.true_reward(toy.row_of(p), r) for p, c, r in pairs],
+        [world.true_reward(world.row_of(p), c) - world.true_reward(world.row_of(p), r) for p, c, r in pairs],
         dtype=torch.float64,
     )
 
 
 def test_labels_follow_bradley_terry(splits):
-    """The better answer wins with probability sigma(difference): over all pairs, and among near and far ones by themselves."""
+    """The better answer wins with probability sigma(difference): over all pairs, and among near and
+    far ones by themselves.
+    """
     gaps = differences(splits["train"])
     for low, high in ((0.01, 9.0), (0.01, 0.6), (0.6, 1.6), (1.6, 9.0)):
         some = gaps[(gaps.abs() > low) & (gaps.abs() <= high)]
@@ -331,13 +342,13 @@ def test_labels_follow_bradley_terry(splits):
 
 def test_pairs_are_a_pure_function_of_the_seed(splits):
     state = random.getstate()
-    assert toy.pairs(0) == splits
+    assert base.pairs(0) == splits
     assert random.getstate() == state
 
 
 @pytest.mark.parametrize("flip", [0.2, 1.0])
 def test_flips_turn_their_share_of_training_labels_and_nothing_else(splits, flip):
-    flipped = toy.pairs(0, flip)
+    flipped = base.pairs(0, flip)
     assert (flipped["held_out"], flipped["unseen"]) == (splits["held_out"], splits["unseen"]), (
         "the yardstick is not bent"
     )
@@ -350,15 +361,12 @@ def test_flips_turn_their_share_of_training_labels_and_nothing_else(splits, flip
 
 
 def test_the_toy_loads_as_data(splits):
-    """Nothing is dropped or cut, no boundary moves, every answer ends; another share of flips is other data to whoever keeps results by hash."""
+    """Nothing is dropped or cut, no boundary moves, every answer ends; another share of flips is
+    other data to whoever keeps results by hash.
+    """
 
     def load(name):
-        return data.load_pairs(
-            SimpleNamespace(data=name, eval_data=None, holdout=0.1, seed=0),
-            toy.build_tokenizer(),
-            128,
-            lambda *words: None,
-        )
+        return data.load_pairs(name, None, 0.1, 0, world.build_tokenizer(), 128, lambda *words: None)
 
     loaded, digest = load("toy")
     assert {name: len(rows) for name, rows in loaded.items()} == {name: len(pairs) for name, pairs in splits.items()}
@@ -368,7 +376,7 @@ def test_the_toy_loads_as_data(splits):
 
 
 def test_flip_share_of_the_command_line():
-    assert [toy.flip_share(name) for name in ("toy", "toy:", "toy:0.2", "toy:1", "toys", "my/toy", "toy.jsonl")] == [
+    assert [base.flip_share(name) for name in ("toy", "toy:", "toy:0.2", "toy:1", "toys", "my/toy", "toy.jsonl")] == [
         0.0,
         0.0,
         0.2,
@@ -379,16 +387,18 @@ def test_flip_share_of_the_command_line():
     ]
     for name in ("toy:x", "toy:-0.1", "toy:1.5", "toy:nan"):
         with pytest.raises(InputError, match="share of flipped labels"):
-            toy.flip_share(name)
+            base.flip_share(name)
 
 
-# ----------------------------------------------------------------------------------------------------- the best there is
+# -- the best there is
 
 
 def test_the_frontier_of_two_answers_in_closed_form():
-    """Of four samples one is good (+1) and three are bad (-1), so ref(good) = 1/4, and pi* follows with pencil and paper."""
+    """Of four samples one is good (+1) and three are bad (-1), so ref(good) = 1/4, and pi* follows
+    with pencil and paper.
+    """
     betas = torch.tensor([50.0, 3.0, 1.0, 0.4], dtype=torch.float64)
-    kl, reward = toy.frontier(torch.tensor([[-1.0, 1.0, -1.0, -1.0]]), betas)
+    kl, reward = world.frontier(torch.tensor([[-1.0, 1.0, -1.0, -1.0]]), betas)
     for i, beta in enumerate(betas.tolist()):
         good = math.exp(1 / beta) / (math.exp(1 / beta) + 3 * math.exp(-1 / beta))
         assert reward[i].item() == pytest.approx(2 * good - 1, abs=1e-12)
@@ -401,11 +411,11 @@ def test_the_frontier_is_a_mean_over_questions_and_no_policy_beats_it():
     generator = torch.Generator().manual_seed(0)
     rewards = torch.randn(6, 40, generator=generator, dtype=torch.float64)
     betas = torch.tensor([2.0, 0.5], dtype=torch.float64)
-    kl, best = toy.frontier(rewards, betas)
-    singles = [toy.frontier(rewards[i : i + 1], betas) for i in range(6)]
+    kl, best = world.frontier(rewards, betas)
+    singles = [world.frontier(rewards[i : i + 1], betas) for i in range(6)]
     torch.testing.assert_close(kl, torch.stack([k for k, _ in singles]).mean(0))
     torch.testing.assert_close(best, torch.stack([b for _, b in singles]).mean(0))
-    kls, bests = toy.frontier(rewards)
+    kls, bests = world.frontier(rewards)
     assert (kls.diff() > 0).all(), "the search for a KL relies on rising values"
     for strength in (0.3, 1.0, 3.0):  # policies that see the reward through noise
         log_p = (strength * (rewards + torch.randn(6, 40, generator=generator, dtype=torch.float64))).log_softmax(-1)
@@ -418,7 +428,9 @@ def test_the_frontier_is_a_mean_over_questions_and_no_policy_beats_it():
 
 @pytest.mark.parametrize("beta", [20.0, 3.0, 1.0, 0.5, 0.3])
 def test_efficiency_at_the_optimum_is_one(beta):
-    """The optimum by its own formula, on uneven rewards; half of its gain at the same KL is one half."""
+    """The optimum by its own formula, on uneven rewards; half of its gain at the same KL is one
+    half.
+    """
     rewards = torch.tensor([[-1.0, 1.0, -1.0, -1.0], [0.5, 1.5, -2.0, 0.0]], dtype=torch.float64)
     p = (rewards / beta).exp() / (rewards / beta).exp().sum(-1, keepdim=True)
     kl, reward, start = (
@@ -427,61 +439,58 @@ def test_efficiency_at_the_optimum_is_one(beta):
         rewards.mean().item(),
     )
     if kl < 0.01:
-        assert toy.frontier_efficiency(kl, reward, rewards) is None
+        assert world.frontier_efficiency(kl, reward, rewards) is None
         return
-    assert toy.frontier_efficiency(kl, reward, rewards) == pytest.approx(1.0, abs=2e-3)
-    assert toy.frontier_efficiency(kl, start + 0.5 * (reward - start), rewards) == pytest.approx(0.5, abs=2e-3)
-    assert toy.frontier_efficiency(kl, start, rewards) == pytest.approx(0.0, abs=1e-12)
-    assert toy.frontier_efficiency(kl, start - (reward - start), rewards) == pytest.approx(-1.0, abs=2e-3)
+    assert world.frontier_efficiency(kl, reward, rewards) == pytest.approx(1.0, abs=2e-3)
+    assert world.frontier_efficiency(kl, start + 0.5 * (reward - start), rewards) == pytest.approx(0.5, abs=2e-3)
+    assert world.frontier_efficiency(kl, start, rewards) == pytest.approx(0.0, abs=1e-12)
+    assert world.frontier_efficiency(kl, start - (reward - start), rewards) == pytest.approx(-1.0, abs=2e-3)
 
 
 def test_efficiency_is_null_where_it_would_divide_by_almost_nothing():
     rewards = torch.tensor([[-1.0, 1.0]])
-    assert toy.frontier_efficiency(0.0099, 0.5, rewards) is None
-    assert toy.frontier_efficiency(0.0101, 0.05, rewards) is not None
-    assert toy.frontier_efficiency(None, 0.5, rewards) is None
-    assert toy.frontier_efficiency(0.5, 0.5, torch.ones(2, 3)) is None, (
+    assert world.frontier_efficiency(0.0099, 0.5, rewards) is None
+    assert world.frontier_efficiency(0.0101, 0.05, rewards) is not None
+    assert world.frontier_efficiency(None, 0.5, rewards) is None
+    assert world.frontier_efficiency(0.5, 0.5, torch.ones(2, 3)) is None, (
         "where all answers are as good there is nothing to gain"
     )
-    assert toy.frontier_efficiency(1.0, 0.6, torch.full((2, 8), 0.5)) is None, "nor where rounding makes it look so"
+    assert world.frontier_efficiency(1.0, 0.6, torch.full((2, 8), 0.5)) is None, "nor where rounding makes it look so"
 
 
 def test_beyond_the_largest_kl_the_best_answer_is_the_measure():
-    assert toy.frontier_efficiency(5.0, 0.5, torch.tensor([[-1.0, 1.0]])) == pytest.approx(0.5)
+    assert world.frontier_efficiency(5.0, 0.5, torch.tensor([[-1.0, 1.0]])) == pytest.approx(0.5)
 
 
 def test_the_frontier_refuses_other_shapes():
     with pytest.raises(ValueError, match="questions, n"):
-        toy.frontier(torch.zeros(4))
+        world.frontier(torch.zeros(4))
 
 
 def test_reference_rewards_are_of_the_questions_asked(answers):
     for unseen, count in ((False, 80), (True, 20)):
-        rows = [(row, texts) for row, texts in zip(toy.questions(), answers) if row["unseen"] == unseen]
-        found = toy.reference_rewards(toy.prompt_of(rows[0][0]), answers)
-        assert found.shape == (count, toy.SAMPLES)
-        assert found[3, 5].item() == toy.true_reward(rows[3][0], rows[3][1][5])
+        rows = [(row, texts) for row, texts in zip(world.questions(), answers) if row["unseen"] == unseen]
+        found = base.reference_rewards(world.prompt_of(rows[0][0]), answers)
+        assert found.shape == (count, base.SAMPLES)
+        assert found[3, 5].item() == world.true_reward(rows[3][0], rows[3][1][5])
 
 
 def test_answers_of_the_base_are_the_kept_ones_and_of_another_model_new_ones(
     toy_base, tiny_llama, answers, monkeypatch
 ):
-    from common import runtime
-
-    assert toy.answers_of(None, None, str(toy_base), 0) == answers
-    tokenizer = runtime.load_tokenizer(tiny_llama)
-    model = runtime.load_model(tiny_llama, "cpu", tokenizer).eval()
-    monkeypatch.setattr(toy, "sample_answers", lambda model, tokenizer, count, seed: [count, seed])
-    assert toy.answers_of(model, tokenizer, str(tiny_llama), 4) == [256, 4]
+    assert base.answers_of(None, None, str(toy_base), 0) == answers
+    tokenizer = model_loading.load_tokenizer(tiny_llama)
+    model = model_loading.load_model(tiny_llama, "cpu", tokenizer).eval()
+    monkeypatch.setattr(base, "sample_answers", lambda model, tokenizer, count, seed: [count, seed])
+    assert base.answers_of(model, tokenizer, str(tiny_llama), 4) == [256, 4]
 
 
 def test_the_version_of_the_cache_is_that_of_the_world(monkeypatch, tmp_path):
     """Another torch may give other bytes, so it gets another folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    here = toy.cache_folder(0)
-    assert here.name.startswith(
-        hashlib.sha256(Path(toy.__file__).read_bytes() + torch.__version__.encode()).hexdigest()[:12]
-    )
+    here = base.cache_folder(0)
+    code = b"".join(Path(module.__file__).read_bytes() for module in (world, base))
+    assert here.name.startswith(hashlib.sha256(code + torch.__version__.encode()).hexdigest()[:12])
     monkeypatch.setattr(torch, "__version__", "0.0")
-    assert toy.cache_folder(0) != here
-    assert toy.cache_folder(0).parent == here.parent
+    assert base.cache_folder(0) != here
+    assert base.cache_folder(0).parent == here.parent

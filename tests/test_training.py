@@ -1,4 +1,6 @@
-"""The trunk of the scripts at work: main() in short runs on a file of pairs, its run folder, accumulation, resume, kills, processes, refusals."""
+"""The trunk of the scripts at work: main() in short runs on a file of pairs, its run folder,
+accumulation, resume, kills, processes, refusals.
+"""
 
 import importlib
 import json
@@ -14,11 +16,17 @@ import safetensors.torch
 import torch
 from torch.nn.functional import logsigmoid
 
-from common import data, evaluate, runtime
+import common.run
+from common import checkpoints, data, fields, files, oracle
+from common import models as model_loading
+from common.run import Run
+from report import curves
 from tests.runs import (
     PAIRS,
+    ROOT,
     SHORT,
     arguments,
+    assert_close_weights,
     gpt2_like,
     lines_of,
     model_of,
@@ -68,11 +76,13 @@ def weights(folder) -> bytes:
 
 
 def numbers(line: dict) -> dict[str, float]:
-    """A line of metrics.jsonl without its word, and without the accuracy: before the first step rounding alone decides between ties."""
+    """A line of metrics.jsonl without its word, and without the accuracy: before the first step
+    rounding alone decides between ties.
+    """
     return {name: value for name, value in line.items() if name not in {"split", "rewards/accuracies"}}
 
 
-# ---------------------------------------------------------------------------------------------------------- run folder
+# -- run folder
 
 KEYS = "script args steps seconds tokens_per_second peak_memory_bytes versions git_commit data_sha256 model_sha256 device threads before after".split()
 JUDGED = {
@@ -114,7 +124,7 @@ def test_run_folder_on_the_toy(script, tmp_path, toy_base, capsys):
     assert saved <= {path.name for path in folder.iterdir()}
     assert not list(folder.rglob("*.part"))
     assert not (folder / "checkpoints").exists()
-    assert (folder / "script.py").read_bytes() == (runtime.ROOT / f"{script}.py").read_bytes()
+    assert (folder / "script.py").read_bytes() == (ROOT / f"{script}.py").read_bytes()
     said = capsys.readouterr().out
     assert "rude answers" in said
     assert str(folder) in said
@@ -129,19 +139,20 @@ def test_run_folder_on_a_file(script, tmp_path, file13, llama):
     )
     assert set(KEYS) <= set(summary)
     assert not any("unseen" in key for key in summary)
-    assert set(summary["after"]) == {"preference_accuracy", "reward_accuracy", "kl"}
+    measured = {"preference_accuracy", "reward_accuracy", "kl"}
+    assert set(summary["after"]) == measured | {f"{name}_se" for name in measured}
     assert summary["after"]["kl"] > 0
 
 
 def test_tokens_are_counted_per_answer(tmp_path, file13, llama, monkeypatch):
     """Real tokens: prompt + completion of every row and answer, no padding."""
-    counted, finish = [], runtime.Run.finish
+    counted, finish = [], Run.finish
     monkeypatch.setattr(
-        runtime.Run, "finish", lambda run, *rest: counted.append((run.tokens, run.seconds)) or finish(run, *rest)
+        Run, "finish", lambda run, *rest: counted.append((run.tokens, run.seconds)) or finish(run, *rest)
     )
     folder = train("dpo", tmp_path / "run", model=llama, data=file13)
-    tokenizer = runtime.load_tokenizer(llama)
-    rows = [row for _, row in data.read_rows(file13)]
+    tokenizer = model_loading.load_tokenizer(llama)
+    rows = [row for _, row in files.read_rows(file13)]
     ((tokens, seconds),) = counted
     assert tokens == sum(
         len(tokenizer(row["prompt"] + row[side]).input_ids) + 1 for row in rows for side in ("chosen", "rejected")
@@ -154,11 +165,11 @@ def test_tokens_are_counted_per_answer(tmp_path, file13, llama, monkeypatch):
 def test_curves_are_drawn_where_matplotlib_is(tmp_path, file13, llama):
     pytest.importorskip("matplotlib")
     folder = train("dpo", tmp_path / "run", model=llama, data=file13, max_steps=2)
-    runtime.draw_curves(folder)
+    curves.draw_curves(folder)
     assert (folder / "curves.png").stat().st_size > 5_000
 
 
-# ------------------------------------------------------------------------------------------------------- first numbers
+# -- first numbers
 
 
 @pytest.mark.parametrize("script", REFERENCED)
@@ -171,12 +182,14 @@ def test_the_first_logged_loss_is_known_though_the_configuration_has_dropout(scr
 
 
 def held_out_by_the_oracle(script: str, args, folder, base: str, file: str) -> dict[str, float]:
-    """The held-out metrics of a finished run, from the saved folder alone: full logits, one line per answer, formulas as the papers write them."""
-    tokenizer = runtime.load_tokenizer(str(folder))
-    rows, _ = data.usable(data.read_rows(file), data.pair_of_row)
-    sequences = evaluate.sequences_of(data.encode_rows(tokenizer, rows, 64))
+    """The held-out metrics of a finished run, from the saved folder alone: full logits, one line
+    per answer, formulas as the papers write them.
+    """
+    tokenizer = model_loading.load_tokenizer(str(folder))
+    rows, _ = data.usable(files.read_rows(file), fields.pair_of_row)
+    sequences = oracle.sequences_of(data.encode_rows(tokenizer, rows, 64))
     policy, reference = model_of(folder), model_of(base)
-    logps, ref = (evaluate.plain_logps(m, sequences, tokenizer.pad_token_id).view(2, -1) for m in (policy, reference))
+    logps, ref = (oracle.plain_logps(m, sequences, tokenizer.pad_token_id).view(2, -1) for m in (policy, reference))
     h = args.beta * ((logps - ref)[0] - (logps - ref)[1])
     eps = getattr(args, "label_smoothing", 0.0)
     losses = -(1 - eps) * logsigmoid(h) - eps * logsigmoid(-h)
@@ -202,7 +215,9 @@ def held_out_by_the_oracle(script: str, args, folder, base: str, file: str) -> d
 
 @pytest.mark.parametrize("script", REFERENCED)
 def test_held_out_metrics_are_those_of_the_saved_model(script, tmp_path, file13, held_file, folder):
-    """Everything between the arguments and the logged numbers, against the plain road; the reference is the model as it was before any step."""
+    """Everything between the arguments and the logged numbers, against the plain road; the
+    reference is the model as it was before any step.
+    """
     changes = {"dph": {"dph_weight": 0.75, "dpo_weight": 0.5}}.get(script, {})
     setup = {
         "model": folder,
@@ -238,23 +253,14 @@ def test_held_out_lines_every_eval_every(tmp_path, file13, held_file, llama):
     assert [line["step"] for line in lines_of(folder)] == [2, 4, 6, 8]
 
 
-# -------------------------------------------------------------------------------------------------------- accumulation
+# -- accumulation
 
 
 def weighted(plan, gradients) -> dict[str, torch.Tensor]:
-    """Sum over steps of rows times gradient: however an epoch is cut, the same where the weights stand still."""
+    """Sum over steps of rows times gradient: however an epoch is cut, the same where the weights
+    stand still.
+    """
     return {name: sum(len(rows) * g[name] for rows, g in zip(plan, gradients)) for name in gradients[0]}
-
-
-def assert_close_weights(a: dict, b: dict, limit: float) -> None:
-    """Weights within `limit`, GPT-2's key biases left out: attention does not depend on them, so their gradient is rounding alone, of
-    which Adam makes steps as large as any other's."""
-    for name in a:
-        gap = (a[name] - b[name]).abs()
-        if name.endswith("attn.c_attn.bias"):
-            query, _, value = gap.chunk(3)
-            gap = torch.cat([query, value])
-        assert gap.max() <= limit, name
 
 
 def assert_same(got: dict, expected: dict) -> None:
@@ -272,7 +278,9 @@ def assert_same(got: dict, expected: dict) -> None:
 @every_script
 @pytest.mark.parametrize(("batch_size", "micro_batch_size"), [(13, 1), (13, 8), (8, 8), (8, 3)])
 def test_every_pair_weighs_the_same(script, batch_size, micro_batch_size, tmp_path, file13, llama):
-    """One step of 13 rows in one piece, against other cuts: in pieces of 1 and 8, and in steps of 8 and 5 rows."""
+    """One step of 13 rows in one piece, against other cuts: in pieces of 1 and 8, and in steps of 8
+    and 5 rows.
+    """
     still = {"model": llama, "data": file13, "lr": 1e-12, "max_grad_norm": math.inf}
     plan, gradients = recorded(script, tmp_path / "whole", batch_size=13, micro_batch_size=13, **still)
     assert len(plan) == 1
@@ -301,10 +309,17 @@ def test_micro_batches_of_1_train_like_one_of_8(tmp_path, file13, folder):
 
 @every_script
 def test_placeholder_micro_batches_count_nothing(script, tmp_path, file13, llama, monkeypatch):
-    """With several processes, one that has no row left runs a row that must not count. Here each step gets one more such row."""
+    """With several processes, one that has no row left runs a row that must not count.
+
+    Here each step gets one more such row.
+    """
     plain = train(script, tmp_path / "plain", model=llama, data=file13)
-    micro_batches = data.micro_batches
-    monkeypatch.setattr(data, "micro_batches", lambda rows, *rest: [*micro_batches(rows, *rest), (rows[:1], False)])
+    micro_batches = common.run.micro_batches
+
+    def with_placeholder(rows, *rest):
+        return [*micro_batches(rows, *rest), *([(rows[:1], 0.0)] if rows else [])]
+
+    monkeypatch.setattr(common.run, "micro_batches", with_placeholder)
     padded = train(script, tmp_path / "padded", model=llama, data=file13)
     assert lines_of(padded) == lines_of(plain)
     assert weights(padded) == weights(plain)
@@ -319,7 +334,9 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path, file13, folder):
 
 @every_script
 def test_clipping_learning_rate_and_decay_reach_the_optimiser(script, tmp_path, file13, llama):
-    """One step from a known gradient: Adam's first step is the sign of the gradient times the learning rate."""
+    """One step from a known gradient: Adam's first step is the sign of the gradient times the
+    learning rate.
+    """
     setup = {"model": llama, "data": file13, "max_steps": 1, "warmup": 0.0, "weight_decay": 0.5, "lr": 1e-3}
     _, (gradients,) = recorded(script, tmp_path / "run", **setup)
     before, after = model_of(llama).state_dict(), safetensors.torch.load_file(tmp_path / "run" / "model.safetensors")
@@ -329,6 +346,25 @@ def test_clipping_learning_rate_and_decay_reach_the_optimiser(script, tmp_path, 
         torch.testing.assert_close(
             after[name], before[name] * (1 - 0.5e-3) - 1e-3 * g / (g.abs() + 1e-8), rtol=1e-4, atol=2e-6
         )
+
+
+@every_script
+def test_several_steps_are_adamw_with_its_usual_betas(script, tmp_path, file13, llama):
+    """Three steps from known gradients, by the formulas of Adam with betas .9 and .999; where the
+    moments are forgotten sooner, the third step is another one.
+    """
+    setup = {"model": llama, "data": file13, "batch_size": 4, "max_steps": 3, "warmup": 0.0, "lr": 1e-3}
+    _, gradients = recorded(script, tmp_path / "run", **setup)
+    before, after = model_of(llama).state_dict(), safetensors.torch.load_file(tmp_path / "run" / "model.safetensors")
+    for name in ("model.layers.0.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"):
+        expected, first, second = before[name].double(), 0.0, 0.0
+        for step, of_all in enumerate(gradients, 1):
+            norm = torch.stack([g.norm() for g in of_all.values()]).norm().item()
+            g = min(1.0, 1.0 / (norm + 1e-6)) * of_all[name].double()
+            first, second = 0.9 * first + 0.1 * g, 0.999 * second + 0.001 * g**2
+            mean, square = first / (1 - 0.9**step), second / (1 - 0.999**step)
+            expected = expected - 1e-3 * (1 - (step - 1) / 3) * mean / (square.sqrt() + 1e-8)
+        torch.testing.assert_close(after[name].double(), expected, rtol=1e-4, atol=2e-6)
 
 
 @every_script
@@ -348,7 +384,7 @@ def test_the_learning_rate_of_each_step_is_the_schedules(script, tmp_path, file1
     assert [line["lr"] for line in lines_of(folder)] == pytest.approx(expected)
 
 
-# -------------------------------------------------------------------------------------------------------------- resume
+# -- resume
 
 LONG = {
     "batch_size": 4,
@@ -367,15 +403,15 @@ def long_run(script, folder, model, file):
 
 def at_step(monkeypatch, number, act):
     """Calls `act` when optimiser step `number` is about to be closed; returns the patch to undo."""
-    log, seen = runtime.Run.log, []
+    end_step, done = Run.end_step, []
 
     def closing(run, *args):
-        if run.step + 1 == number and not seen:
-            seen.append(number)
+        if run.step + 1 == number and not done:
+            done.append(number)
             act()
-        return log(run, *args)
+        return end_step(run, *args)
 
-    monkeypatch.setattr(runtime.Run, "log", closing)
+    monkeypatch.setattr(Run, "end_step", closing)
 
 
 def killed():
@@ -447,17 +483,17 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_a_good_one(moment, tmp_path
     save_file = safetensors.torch.save_file
     patches = {
         "weights": (
-            runtime.Run,
+            checkpoints,
             "save_model",
-            dying(runtime.Run.save_model, lambda run, model, tokenizer, where: writing(where)),
+            dying(checkpoints.save_model, lambda model, tokenizer, where: writing(where)),
         ),
-        "optimiser": (runtime.safetensors.torch, "save_file", cut_short),
+        "optimiser": (safetensors.torch, "save_file", cut_short),
         "rename": (
-            runtime.os,
+            os,
             "replace",
             dying(os.replace, lambda source, target: writing(target) and target.name.startswith("step-")),
         ),
-        "after": (runtime.shutil, "rmtree", dying(shutil.rmtree, lambda path, *rest: path.name == "step-00000003")),
+        "after": (shutil, "rmtree", dying(shutil.rmtree, lambda path, *rest: path.name == "step-00000003")),
     }
     with monkeypatch.context() as patch:
         patch.setattr(*patches[moment])
@@ -476,8 +512,9 @@ def test_a_process_killed_by_the_system_is_resumed_from_the_command_line(tmp_pat
         f"--{name.replace('_', '-')}={value}"
         for name, value in {**SHORT, **LONG, "model": llama, "data": file13}.items()
     ]
-    dying = "import os, sys, dpo, tyro\nfrom common import runtime\nlog = runtime.Run.log\n"
-    dying += "runtime.Run.log = lambda run, *a: os.kill(os.getpid(), 9) if run.step == 4 else log(run, *a)\ndpo.main(tyro.cli(dpo.Args))"
+    dying = "import os, sys, dpo, tyro\nfrom common.run import Run\nend_step = Run.end_step\n"
+    dying += "Run.end_step = lambda run, *a: os.kill(os.getpid(), 9) if run.step == 4 else end_step(run, *a)\n"
+    dying += "dpo.main(tyro.cli(dpo.Args))"
     process = start_process(["-c", dying, "--name", folder.name, "--output-dir", str(tmp_path), *words])
     assert process.returncode == -9, process.stderr
     refused = start_process(["dpo.py", "--resume", str(folder), "--lr=0.5"])
@@ -530,13 +567,15 @@ def test_without_a_name_each_run_gets_one(tmp_path, file13, llama):
     assert sorted(path.name for path in tmp_path.iterdir()) == [stem, f"{stem}-2"]
 
 
-# --------------------------------------------------------------------------------------------------- several processes
+# -- several processes
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("script", "kind"), [("dpo", "tiny_gpt2"), ("dph", "tiny_llama")])
 def test_two_processes_train_like_one(script, kind, request, tmp_path, file13, held_file):
-    """Micro-batches of 2 in steps of 8 and 5 rows: in the last pass of the second one, one process has nothing left."""
+    """Micro-batches of 2 in steps of 8 and 5 rows: in the last pass of the second one, one process
+    has nothing left.
+    """
     setup = {
         "model": str(request.getfixturevalue(kind)),
         "data": file13,
@@ -574,7 +613,7 @@ def test_two_processes_train_like_one(script, kind, request, tmp_path, file13, h
     assert x.keys() == y.keys()
 
 
-# -------------------------------------------------------------------------------------------- what is saved, and used again
+# -- what is saved, and used again
 
 
 @every_script
@@ -608,7 +647,7 @@ def test_pad_is_not_eos_in_what_is_saved(script, tmp_path, file13):
     )
 
 
-# ------------------------------------------------------------------------------------------------------------ bad ends
+# -- bad ends
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
@@ -616,8 +655,8 @@ def test_a_number_that_is_not_finite_stops_the_run(where, tmp_path, file13, llam
     module = importlib.import_module("dpo")
     compute_loss, calls = module.compute_loss, []
 
-    def broken(model, batch, args):
-        loss, metrics = compute_loss(model, batch, args)
+    def broken(model, batch, beta):
+        loss, metrics = compute_loss(model, batch, beta)
         calls.append(1)
         if len(calls) == 3:
             loss = loss * math.nan

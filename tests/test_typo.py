@@ -1,4 +1,6 @@
-"""typo.py: its two losses, its estimate of the forward KL, and that a resumed run finds the reference's samples again."""
+"""typo.py: its two losses, its estimate of the forward KL, and that a resumed run finds the
+reference's samples again.
+"""
 
 import dataclasses
 import json
@@ -7,7 +9,10 @@ import pytest
 import torch
 
 import typo
-from common import data, evaluate, runtime
+from common import batches, data, evaluate, generate
+from common import models as model_loading
+from common.run import Run
+from toy import world
 
 
 def test_supervised_term_against_its_gradient():
@@ -56,7 +61,7 @@ def batch_with_samples(model, anchor, tokenizer, samples: int):
         for texts in (["it is", "open ."], ["snow it is .", "red"])
     ]
     answers = [{"prompt": row["prompt"], "completions": d} for row, d in zip(rows, drawn)]
-    batch, sample = (data.collate(x, tokenizer.pad_token_id, "shared", "cpu") for x in (rows, answers))
+    batch, sample = (batches.collate(x, tokenizer.pad_token_id, "shared", "cpu") for x in (rows, answers))
     with torch.no_grad():
         sample["ref_logits"] = typo.completion_logits(anchor, sample)
     return batch | {"ref_sample": sample}, answers
@@ -64,17 +69,17 @@ def batch_with_samples(model, anchor, tokenizer, samples: int):
 
 @pytest.mark.parametrize("samples", [1, 2])
 def test_loss_is_the_supervised_term_plus_lambda_times_the_sum_over_tokens(tiny_llama, samples):
-    tokenizer = runtime.load_tokenizer(tiny_llama)
-    anchor = runtime.load_model(tiny_llama, "cpu", tokenizer).eval()
-    model = runtime.load_model(tiny_llama, "cpu", tokenizer).eval()
+    tokenizer = model_loading.load_tokenizer(tiny_llama)
+    anchor = model_loading.load_model(tiny_llama, "cpu", tokenizer).eval()
+    model = model_loading.load_model(tiny_llama, "cpu", tokenizer).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(
                 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
             )
     batch, answers = batch_with_samples(model, anchor, tokenizer, samples)
-    plain, _ = typo.compute_loss(model, batch, typo.Args(lam=0.0))
-    loss, metrics = typo.compute_loss(model, batch, typo.Args(lam=0.7, ref_samples=samples))
+    plain, _ = typo.compute_loss(model, batch, lam=0.0, ref_term="samples")
+    loss, metrics = typo.compute_loss(model, batch, lam=0.7, ref_term="samples")
     expected = 0.0
     for answer in answers:
         for completion in answer["completions"]:
@@ -87,12 +92,12 @@ def test_loss_is_the_supervised_term_plus_lambda_times_the_sum_over_tokens(tiny_
 
 
 def test_pairs_term(tiny_llama):
-    tokenizer = runtime.load_tokenizer(tiny_llama)
-    model = runtime.load_model(tiny_llama, "cpu", tokenizer).eval()
+    tokenizer = model_loading.load_tokenizer(tiny_llama)
+    model = model_loading.load_model(tiny_llama, "cpu", tokenizer).eval()
     batch, _ = batch_with_samples(model, model, tokenizer, 1)
     del batch["ref_sample"]
-    plain, metrics = typo.compute_loss(model, batch, typo.Args(lam=0.0))
-    loss, _ = typo.compute_loss(model, batch, typo.Args(lam=0.4, ref_term="pairs"))
+    plain, metrics = typo.compute_loss(model, batch, lam=0.0, ref_term="samples")
+    loss, _ = typo.compute_loss(model, batch, lam=0.4, ref_term="pairs")
     assert (loss - plain).item() == pytest.approx(
         -0.2 * (metrics["logps/chosen"] + metrics["logps/rejected"]).item(), rel=1e-5
     )
@@ -106,7 +111,7 @@ def test_run_resumes_with_the_same_samples(toy_base, tmp_path, monkeypatch):
     samples = json.loads((tmp_path / "whole" / "ref_samples.json").read_text())
     assert set(samples) == {"train", "held_out", "unseen"}
     assert all(len(answers) == 1 and len(answers[0]) >= 1 for answers in samples["train"])
-    written = runtime.Run.write
+    written = Run.log
 
     def stop_after_four(self, split, numbers):
         written(self, split, numbers)
@@ -114,7 +119,7 @@ def test_run_resumes_with_the_same_samples(toy_base, tmp_path, monkeypatch):
             raise RuntimeError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(runtime.Run, "write", stop_after_four)
+        patch.setattr(Run, "log", stop_after_four)
         with pytest.raises(RuntimeError, match="killed"):
             typo.main(dataclasses.replace(args, name="part"))
     typo.main(typo.Args(resume=str(tmp_path / "part")))
@@ -133,33 +138,23 @@ def test_large_lambda_stays_at_the_reference(toy_base, tmp_path):
 
 
 def test_samples_come_from_the_reference_at_temperature_one(toy_base):
-    """Their right share is the base model's, which any truncation or another temperature would raise."""
-    from common import toy
-
-    tokenizer = runtime.load_tokenizer(toy_base)
-    model = runtime.load_model(toy_base, "cpu", tokenizer).eval()
+    """Their right share is the base model's, which any truncation or another temperature would
+    raise.
+    """
+    tokenizer = model_loading.load_tokenizer(toy_base)
+    model = model_loading.load_model(toy_base, "cpu", tokenizer).eval()
     rows = [
-        {"prompt": tokenizer(toy.prompt_of(row)).input_ids, "completions": []}
-        for row in toy.questions()
+        {"prompt": tokenizer(world.prompt_of(row)).input_ids, "completions": []}
+        for row in world.questions()
         for _ in range(6)
     ]
-    run = type(
-        "Run",
-        (),
-        {
-            "rank": 0,
-            "world_size": 1,
-            "autocast": None,
-            "args": typo.Args(),
-            "gather": staticmethod(lambda items: items),
-            "share_out": staticmethod(list),
-        },
-    )
-    drawn = evaluate.sample_rows(run, model, tokenizer, rows, 2)
-    asked = [row for row in toy.questions() for _ in range(6)]
+    drawn = evaluate.sample_rows(model, tokenizer, rows, 2, 24, seed=0, autocast=None)
+    asked = [row for row in world.questions() for _ in range(6)]
     right = [
-        toy.judge(q, evaluate.text_of(tokenizer, ids))["right"] for q, answers in zip(asked, drawn) for ids in answers
+        world.judge(q, generate.decode_completion(tokenizer, ids))["right"]
+        for q, answers in zip(asked, drawn)
+        for ids in answers
     ]
-    answers = json.loads((runtime.Path(toy_base) / "answers.json").read_text())
-    base = [toy.judge(q, text)["right"] for q, texts in zip(toy.questions(), answers) for text in texts]
+    answers = json.loads((toy_base / "answers.json").read_text())
+    base = [world.judge(q, text)["right"] for q, texts in zip(world.questions(), answers) for text in texts]
     assert sum(right) / len(right) == pytest.approx(sum(base) / len(base), abs=0.06)
