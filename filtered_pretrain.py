@@ -159,8 +159,8 @@ class Args:
     """Seed of the initial weights, the order of the data and all sampling."""
     resume: str = ""
     """Folder of an interrupted run to go on with; all other arguments come from it."""
-    lr: float = 1e-2
-    """Peak learning rate of AdamW; 1e-2 suits tiny models, 5e-4 to 1e-3 GPT-2 small."""
+    lr: float | None = None
+    """Peak learning rate of AdamW; None: 1e-2 for tiny to small models, 1e-3 for others."""
     max_steps: int = -1
     """Optimiser steps at most; -1: no limit."""
     batch_size: int = 32
@@ -259,6 +259,7 @@ def main(args: Args) -> None:
     batch_of = partial(chunks.batch_of, ids, scores, output_layer, run.device)
     plain_folder = baseline.baseline_folder(args, run.script, facts["sha256"], run.device)
     facts |= {"threshold": threshold, "good_share": good_share, "chunks": count["train"]}
+    run.pin_sources(args.init, facts["sha256"])
     run.cached_json("corpus", lambda: facts)
 
     # [method]
@@ -302,7 +303,7 @@ def main(args: Args) -> None:
     columns["after"] = {"held_out": evaluate_model(model, tokenizer)}
     # [/method]
     share = flops.peak_share(flops_per_token, run.tokens, run.seconds, run.device, run.dtype)
-    run.finish(columns, args.init, facts["sha256"], extra={"peak_flops_share": share})
+    run.finish(columns, extra={"peak_flops_share": share})
 
 
 if __name__ == "__main__":
