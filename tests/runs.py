@@ -72,7 +72,7 @@ SHORT = {
 
 
 def arguments(script: str, folder: Path, **changes):
-    """(the script's module, its Args) of a short run called `folder.name` inside `folder.parent`."""
+    """(the script's module, its Args) of a short run called `folder.name` in `folder.parent`."""
     module = importlib.import_module(script)
     return module, module.Args(**{**SHORT, "name": folder.name, "output_dir": str(folder.parent), **changes})
 

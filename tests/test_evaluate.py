@@ -61,7 +61,7 @@ def test_the_oracle_knows_the_bigram_table(bigram, pad):
 
 @pytest.mark.parametrize("build", [models.tiny_gpt2, models.tiny_llama])
 def test_the_oracle_does_not_depend_on_the_batch(build):
-    """Against one unpadded sequence at a time, the shortest reading of what a log-probability is."""
+    """Against one unpadded sequence at a time, the shortest reading of the definition."""
     model, sequences = build(60), oracle.sequences_of(random_rows(9, 60))
     expected = []
     for prompt, completion in sequences:
@@ -114,7 +114,7 @@ def small_tables():
 
 
 def all_completions(longest: int):
-    """Everything a model of these five tokens can say: ended by EOS, or cut after `longest` tokens."""
+    """Everything a model of these five tokens can say: ended by EOS, or cut at `longest` tokens."""
     ended = [[*words, EOS] for n in range(longest) for words in itertools.product((0, 1, 3, 4), repeat=n)]
     return ended + [list(words) for words in itertools.product((0, 1, 3, 4), repeat=longest)]
 

@@ -291,7 +291,7 @@ def test_token_logps_gradient_is_exact(script):
 
 @every_script
 def test_a_second_backward_through_used_up_logits_is_refused(script):
-    """The logits have become their gradient; going back through them again must not give numbers."""
+    """The logits have become their gradient; going back again must not give numbers."""
     hidden = torch.randn(3, 4, requires_grad=True)
     logps = importlib.import_module(script).token_logps(torch.nn.Linear(4, 5), hidden, torch.tensor([0, 1, 2]))
     logps.sum().backward(retain_graph=True)

@@ -167,7 +167,7 @@ def test_json_is_valid_whatever_is_measured(tmp_path):
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 8])
 def test_predict_keeps_the_order_of_the_rows(start, micro_batch_size):
-    """Values come answer by answer, as the sequences of a batch are numbered, and go to their rows."""
+    """Values come answer by answer, as a batch numbers its sequences, and go to their rows."""
     run = start(micro_batch_size=micro_batch_size)
     lengths = [9, 2, 7, 2, 5, 30, 1]
     rows, passed = rows_of_lengths(*lengths), []

@@ -136,7 +136,7 @@ def test_the_checkpoints_generation_config_does_not_leak(flat, changes):
 
 
 def test_a_saved_generation_config_does_not_leak(flat, tmp_path):
-    """The same, as a user meets it: a folder whose generation_config.json asks for something else."""
+    """The same, as a user meets it: a folder whose generation_config.json says something else."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     model = flat.load()

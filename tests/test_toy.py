@@ -197,7 +197,8 @@ import functools, hashlib, sys
 from toy import base
 base.train_base, base.SAMPLES = functools.partial(base.train_base, steps=4), 3
 folder = base.base_model(int(sys.argv[1]))
-print(" ".join(hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ("model.safetensors", "answers.json", "tokenizer.json")))
+files = [folder / name for name in ("model.safetensors", "answers.json", "tokenizer.json")]
+print(" ".join(hashlib.sha256(file.read_bytes()).hexdigest() for file in files))
 """
 
 
@@ -292,7 +293,7 @@ def test_unseen_questions_are_never_trained_on(splits):
 
 
 def test_pairs_are_two_samples_of_the_base_and_no_sample_is_used_twice(splits, answers):
-    """Training and held-out pairs come from different samples, so the held-out share is held out."""
+    """Training and held-out pairs come from different samples: what is held out is held out."""
     first, last = base.PAIR_SAMPLES, base.PAIR_SAMPLES + base.EVAL_SAMPLES
     for name in splits:
         expected = Counter()
@@ -335,9 +336,8 @@ def test_labels_follow_bradley_terry(splits):
         p = some.abs().sigmoid()
         z = ((some > 0).double() - p).sum() / (p * (1 - p)).sum().sqrt()
         assert len(some) > 300
-        assert abs(z) < 4, (
-            f"differences of {low} to {high}: {(some > 0).double().mean():.3f} won by the better answer, expected {p.mean():.3f}"
-        )
+        won = f"{(some > 0).double().mean():.3f} won by the better answer, expected {p.mean():.3f}"
+        assert abs(z) < 4, f"differences of {low} to {high}: {won}"
 
 
 def test_pairs_are_a_pure_function_of_the_seed(splits):

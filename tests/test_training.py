@@ -83,7 +83,10 @@ def numbers(line: dict) -> dict[str, float]:
 
 # -- run folder
 
-KEYS = "script args steps seconds tokens_per_second peak_memory_bytes versions git_commit data_sha256 model_sha256 device threads before after".split()
+KEYS = (
+    "script args steps seconds tokens_per_second peak_memory_bytes versions git_commit data_sha256 model_sha256 device "
+    "threads before after"
+).split()
 JUDGED = {
     "preference_accuracy",
     "reward_accuracy",

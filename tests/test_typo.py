@@ -51,7 +51,7 @@ def test_forward_kl_value_gradient_and_direction():
 
 
 def batch_with_samples(model, anchor, tokenizer, samples: int):
-    """Two pairs and `samples` answers of the reference for each, and the same worked out by hand."""
+    """Two pairs and `samples` answers of the reference for each, and these by themselves."""
     pairs = [
         ("what is one plus two ?", " it is three .", " it is four , you fool ."),
         ("what colour has snow ?", " it is white .", " it is red ."),

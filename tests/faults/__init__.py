@@ -15,5 +15,5 @@ class Mutant:
 
 
 def scripts_of(family: str) -> tuple[str, ...]:
-    """The files of a family's scripts, which share a trunk: a fault in it is made in all of them."""
+    """The files of a family's scripts; a fault in their trunk is made in all of them."""
     return tuple(f"{stem}.py" for stem in FAMILIES[family])

@@ -62,7 +62,8 @@ TABLE = [
         "padding counted",
         (BATCHES,),
         "        padding = length - len(ids)\n",
-        "        padding = length - len(ids)\n        logit_index += [start + len(ids) - 1] * (padding > 0)\n        targets += [pad_id] * (padding > 0)\n        sequence_ids += [parts[-1][0]] * (padding > 0)\n",
+        "        padding = length - len(ids)\n        logit_index += [start + len(ids) - 1] * (padding > 0)\n"
+        "        targets += [pad_id] * (padding > 0)\n        sequence_ids += [parts[-1][0]] * (padding > 0)\n",
         LOGPS_TEST + "test_padding_and_company_change_nothing_on_the_table",
     ),
     Mutant(
@@ -97,7 +98,8 @@ TABLE = [
         "metrics weigh steps alike",
         (RUN,),
         'sum(step["sums"][name] for step in steps) for name',
-        'sum(step["sums"][name] / step["count"] for step in steps) / len(steps) * sum(step["count"] for step in steps) for name',
+        'sum(step["sums"][name] / step["count"] for step in steps) / len(steps)'
+        ' * sum(step["count"] for step in steps) for name',
         RUN_TEST + "test_logged_means_weigh_every_pair_alike_over_uneven_steps",
     ),
     Mutant(
@@ -118,7 +120,8 @@ TABLE = [
         "resume without optimiser state",
         (CHECKPOINTS,),
         "options=StateDictOptions(full_state_dict=True))\n",
-        'options=StateDictOptions(full_state_dict=True))\n    for values in optimizer.state.values():\n        values["exp_avg"].zero_()\n',
+        "options=StateDictOptions(full_state_dict=True))\n    for values in optimizer.state.values():\n"
+        '        values["exp_avg"].zero_()\n',
         TRAINING_TEST + "test_a_killed_run_resumes_bit_for_bit[dpo]",
     ),
     Mutant(
@@ -181,7 +184,8 @@ TABLE = [
         "EOS on a cut answer",
         (DATA,),
         "completions = [ids[boundary:max_length] for ids in whole]",
-        "completions = [ids[boundary : max_length - 1] + [eos] if len(ids) > max_length else ids[boundary:] for ids in whole]",
+        "completions = [ids[boundary : max_length - 1] + [eos] if len(ids) > max_length else ids[boundary:]"
+        " for ids in whole]",
         LOGPS_TEST + "test_one_eos_ends_an_answer_and_none_a_cut_one",
     ),
     Mutant(

@@ -70,14 +70,16 @@ TABLE = [
         "dropout left on",
         PAIRS,
         "    for step, rows_of_step in run.steps(plan):\n",
-        '    for module in model.modules():\n        vars(module).update({"p": 0.1} if isinstance(module, torch.nn.Dropout) else {})\n    for step, rows_of_step in run.steps(plan):\n',
+        "    for module in model.modules():\n        if isinstance(module, torch.nn.Dropout):\n"
+        "            module.p = 0.1\n    for step, rows_of_step in run.steps(plan):\n",
         TRAINING_TEST + "test_the_first_logged_loss_is_known_though_the_configuration_has_dropout",
     ),
     Mutant(
         "reference taken after a step",
         ("dpo.py", "cdpo.py"),
         "        optimizer.zero_grad()\n",
-        '        optimizer.zero_grad()\n        for rows in splits.values() if step == 0 else ():\n            rows.add_columns(("ref_chosen_logps", "ref_rejected_logps"), predict_logps(rows))\n',
+        "        optimizer.zero_grad()\n        for rows in splits.values() if step == 0 else ():\n"
+        '            rows.add_columns(("ref_chosen_logps", "ref_rejected_logps"), predict_logps(rows))\n',
         TRAINING_TEST + "test_held_out_metrics_are_those_of_the_saved_model",
     ),
     Mutant(
@@ -91,7 +93,7 @@ TABLE = [
         "micro-batch means",
         PAIRS,
         "return losses.sum(), pair_metrics(",
-        "return losses.mean() * args.batch_size, pair_metrics(",
+        "return losses.mean(), pair_metrics(",
         TRAINING_TEST + "test_every_pair_weighs_the_same",
     ),
     Mutant(
