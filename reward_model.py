@@ -1,32 +1,93 @@
-"""Reward model: learns which of two answers people prefer, as a score of one answer. What SuperHF and PPO are steered by, and judged by.
+"""Reward model: learns which of two answers people prefer, as a score of one answer.
 
-Bradley-Terry, as in Ouyang et al. 2022, arXiv 2203.02155, equation 1. With r(x, y) the score of answer y to prompt x:
-
+Bradley-Terry, as in Ouyang et al. 2022, arXiv 2203.02155, equation 1. With r(x, y) the score of
+answer y to prompt x, y_w the chosen and y_l the rejected one:
     loss = -log sigma(r(x, y_w) - r(x, y_l))
 
-r is the one logit of a sequence-classification model: of a causal LM a linear head without bias at the last token, the answer's EOS. A new head starts at zero, so
-that the first loss is log 2.
-
-    python reward_model.py                                                     the toy world: no network, no GPU, half a minute
-    python reward_model.py --model gpt2 --data pairs.jsonl --lr 1e-5 --half first      a model to train with; --half second: one to judge with
+r is the one logit of a sequence-classification model: of a causal LM a linear head without bias at
+the last token, the answer's EOS. A new head starts at zero, so that the first loss is log 2.
+    python reward_model.py                              the toy world, half a minute on a CPU
+    python reward_model.py --model gpt2 --data pairs.jsonl --lr 1e-5 --half first
     torchrun --nproc-per-node 8 reward_model.py --model gpt2 --data pairs.jsonl --lr 1e-5
 
-The run's folder loads with AutoModelForSequenceClassification; python superhf.py --reward runs/reward_model-gpt2-seed0 samples against it.
+Train on --half first for a reward to raise, on --half second for one that only judges. The run's
+folder loads with AutoModelForSequenceClassification, and in superhf.py and ppo.py as --reward
+runs/reward_model-gpt2-seed0.
 
-Batch, as common.data.collate makes it (line i < batch is row i's prompt and chosen answer, batch + i its prompt and rejected one):
-    input_ids, attention_mask [2 * batch, length]     padded on the right; attention_mask is 1 where a token is, 0 at padding
+A batch (line i < batch is row i's prompt and chosen answer, batch + i its prompt and rejected one):
+    input_ids, attention_mask [2 * batch, length]: padded on the right; attention_mask is 0 there
 
 Differences from the SuperHF authors' code:
-1. The reward is read at the last token. Theirs is a mean over all positions, padding included, so that a score depends on what else is in the batch.
-2. The pad token is one that no answer ends in, and it is saved with the run: sequence-classification models find the last token by it.
+1. The reward is read at the last token. Theirs is a mean over all positions, padding included, so
+   that a score depends on what else is in the batch.
+2. The pad token is one that no answer ends in, and it is saved with the run:
+   sequence-classification models find the last token by it.
 """
 
+import hashlib
+import json
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 import tyro
+
+
+def reward_loss(chosen_rewards: torch.Tensor, rejected_rewards: torch.Tensor) -> torch.Tensor:
+    """Bradley-Terry loss of each pair (arXiv 2203.02155, equation 1), unreduced.
+
+    Args: rewards of the chosen and the rejected answers, each [batch].
+    Returns: -log sigma(r_w - r_l), [batch].
+    Gradient: with respect to chosen_rewards -sigma(r_l - r_w), to rejected_rewards the opposite. At
+        equal rewards: log 2.
+    Raises ValueError where the shapes are not both [batch].
+    """
+    if chosen_rewards.shape != rejected_rewards.shape or chosen_rewards.dim() != 1:
+        shapes = f"{tuple(chosen_rewards.shape)} and {tuple(rejected_rewards.shape)}"
+        raise ValueError(f"expected two tensors of one shape [batch], got {shapes}")
+    return -F.logsigmoid(chosen_rewards - rejected_rewards)
+
+
+def compute_loss(model, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss summed (not averaged) over the pairs of a micro-batch, and its metrics."""
+    chosen_rewards, rejected_rewards = rewards_of(model, batch).chunk(2)  # [batch] each
+    losses = reward_loss(chosen_rewards, rejected_rewards)  # [batch]
+    margins = (chosen_rewards - rejected_rewards).detach()  # [batch]
+    return losses.sum(), {
+        "loss": losses.detach().sum(),
+        "rewards/chosen": chosen_rewards.detach().sum(),
+        "rewards/rejected": rejected_rewards.detach().sum(),
+        "rewards/margins": margins.sum(),
+        "rewards/accuracies": ((margins > 0).float() + 0.5 * (margins == 0).float()).sum(),
+    }
+
+
+def rewards_of(model, batch: dict) -> torch.Tensor:
+    """The model's one logit for each line, [lines], at least float32."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0]
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def half_of(rows, which: str):
+    """The rows of one half of the prompts, "first" or "second", or "all".
+
+    A hash decides for each prompt alone, whatever else is in the rows: two runs on different halves
+    share no prompt, even where their seeds hold out different ones. A half has about half of the
+    prompts.
+    """
+    if which == "all":
+        return rows
+    kept = []
+    for i, row in enumerate(rows):
+        prompt, answer = row["texts"][:2]
+        is_first = hashlib.sha256(json.dumps(prompt or answer).encode()).digest()[0] < 128
+        if is_first == (which == "first"):
+            kept.append(i)
+    if not kept:
+        raise SystemExit(f"--half {which}: the {len(rows):,} training rows leave nothing in that half.")
+    return rows.subset(kept)
 
 
 @dataclass
@@ -83,114 +144,76 @@ class Args:
     """Where metrics also go: none, tensorboard or wandb."""
 
 
-def rewards_of(model, batch: dict) -> torch.Tensor:
-    """The model's one logit for each line, [lines], at least float32."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0]
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def reward_loss(chosen_rewards: torch.Tensor, rejected_rewards: torch.Tensor) -> torch.Tensor:
-    """Bradley-Terry loss of each pair (arXiv 2203.02155, equation 1), unreduced.
-
-    Args: rewards of the chosen and the rejected answers, each [batch].
-    Returns: -log sigma(r_w - r_l), [batch].
-    Gradient: with respect to chosen_rewards -sigma(r_l - r_w), to rejected_rewards the opposite. At equal rewards: log 2.
-    Raises ValueError where the shapes are not both [batch].
-    """
-    if chosen_rewards.shape != rejected_rewards.shape or chosen_rewards.dim() != 1:
-        raise ValueError(
-            f"expected two tensors of one shape [batch], got {tuple(chosen_rewards.shape)} and {tuple(rejected_rewards.shape)}"
-        )
-    return -F.logsigmoid(chosen_rewards - rejected_rewards)
-
-
-def compute_loss(model, batch: dict, args: Args) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss summed (not averaged) over the pairs of a micro-batch, and its metrics."""
-    chosen_rewards, rejected_rewards = rewards_of(model, batch).chunk(2)  # [batch] each
-    losses = reward_loss(chosen_rewards, rejected_rewards)  # [batch]
-    margins = (chosen_rewards - rejected_rewards).detach()
-    return losses.sum(), {
-        "loss": losses.detach().sum(),
-        "rewards/chosen": chosen_rewards.detach().sum(),
-        "rewards/rejected": rejected_rewards.detach().sum(),
-        "rewards/margins": margins.sum(),
-        "rewards/accuracies": ((margins > 0).float() + 0.5 * (margins == 0).float()).sum(),
-    }
-
-
 def main(args: Args) -> None:
     try:
-        from common import data, evaluate, runtime
+        from common import batches, data, metrics, models
+        from common.processes import print0
+        from common.run import start_run
+        from rewards.metrics import calibration_error
+        from rewards.models import load_classifier
+        from toy.base import flip_share, rank_correlation
     except ImportError as error:
-        raise SystemExit(
-            f"Training needs the folder common/ beside this file; its functions alone do not. ({error})"
-        ) from None
-    run = runtime.start(args, __file__)
-    args = run.args
+        raise SystemExit(f"Training needs the folders common/, rewards/ and toy/ beside this file. ({error})") from None
+    run, args = start_run(args, __file__)
 
     # The model: one with a head already goes on, any other gets a new one that is zero.
-    base = runtime.resolve_model(args.model, args.seed)
-    tokenizer = runtime.load_tokenizer(base)
-    model = runtime.load_classifier(run.checkpoint or base, run.device, tokenizer)
-    runtime.disable_dropout(model)
+    model_folder = models.resolve_model(args.model, args.seed)
+    tokenizer = models.load_tokenizer(model_folder)
+    model = load_classifier(run.checkpoint or model_folder, run.device, tokenizer)
     run.prepare(model.train())
-    scores, loss_and_metrics = runtime.as_forward(model, rewards_of), runtime.as_forward(model, compute_loss)
+    compute = models.bind_forward(model, compute_loss)
 
     # The rows, and the order in which training sees them.
-    splits, data_sha256 = data.load_pairs(
-        args, tokenizer, runtime.length_limit(args.max_length, model, tokenizer), run.say
-    )
-    splits["train"] = data.half_of(splits["train"], args.half)
+    max_length = models.length_limit(args.max_length, model, tokenizer)
+    rows_from = (args.data, args.eval_data, args.holdout, args.seed)
+    splits, data_sha256 = data.load_pairs(*rows_from, tokenizer, max_length)
+    splits["train"] = half_of(splits["train"], args.half)
     if args.half != "all":
-        run.say(f"The {args.half} half of the prompts: {len(splits['train']):,} rows to train on.")
-    plan = data.plan_batches(splits["train"], args.batch_size, args.epochs, args.max_steps, args.seed)
-    splits["train"], plan = data.only_planned(splits["train"], plan)
+        print0(f"The {args.half} half of the prompts: {len(splits['train']):,} rows to train on.")
+    plan = batches.plan_batches(splits["train"], args.batch_size, args.epochs, args.max_steps, args.seed)
+    splits["train"], plan = batches.planned_rows(splits["train"], plan)
+    batch_of = partial(batches.collate, pad_id=tokenizer.pad_token_id, layout="rows", device=run.device)
+    predict = partial(run.predict, models.bind_forward(model, rewards_of), batch_of)  # rows -> [rows, 2]
 
-    def batch_of(split: str, rows: list[int]) -> dict:
-        return data.collate([splits[split][i] for i in rows], tokenizer.pad_token_id, "rows", run.device)
+    def report() -> dict:
+        """The end table of the model as it is now."""
+        table = {}
+        for name, rows in splits.items():
+            if name == "train":
+                continue
+            rewards = predict(rows)  # [rows, 2]
+            table[name] = {"reward_accuracy": metrics.accuracy(rewards, ties_say_nothing=True), "samples": []}
+            chosen = torch.zeros(len(rows))  # the right choice of each pair is the first one
+            table[name]["margin_calibration"] = calibration_error(rewards.softmax(1), chosen) if rows else None
+            if rows and flip_share(args.data) is not None:
+                table[name]["rank_correlation"] = rank_correlation(rows, rewards)
+        return table
 
-    def report(split: str) -> dict:
-        """The keys of the end table on one split, for the model as it is now."""
-        rewards = run.map_rows(lambda rows: scores(batch_of(split, rows)).view(2, -1).T, splits[split])  # [rows, 2]
-        values = {"reward_accuracy": evaluate.accuracy(rewards, ties_say_nothing=True)}
-        values["margin_calibration"] = (
-            evaluate.calibration_error(rewards.softmax(1), torch.zeros(len(rewards))) if len(rewards) else None
-        )
-        return values | evaluate.judge_rewards(args, splits[split], rewards) | {"samples": []}
-
-    before = run.remember("before", lambda: {split: report(split) for split in splits if split != "train"})
+    before = run.cached_json("before", report)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     run.restore(model, optimizer)
 
-    for step in run.steps(len(plan)):
-        lr = run.learning_rate(step, len(plan))
+    for step, rows_of_step in run.steps(plan):
         for group in optimizer.param_groups:
-            group["lr"] = lr
-        for rows, real in data.micro_batches(plan[step], args.micro_batch_size, run.rank, run.world_size):
+            group["lr"] = run.learning_rate(step)
+        for rows, weight in run.micro_batches(rows_of_step):
             with run.autocast():
-                loss, metrics = loss_and_metrics(batch_of("train", rows), args)
-            # Every pair of the step weighs the same, however it is cut; fully_shard averages gradients over processes.
-            (loss * real * run.world_size / len(plan[step])).backward()
-            run.add(metrics, real)
+                loss, sums = compute(batch_of(rows))
+            # Every pair of the step weighs the same, however the step is cut.
+            (loss * weight / len(rows_of_step)).backward()
+            run.accumulate(sums, weight)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        run.log([splits["train"][i] for i in plan[step]], grad_norm, lr)
-        if run.due(args.eval_every):
-            run.write(
-                "held_out",
-                run.mean_metrics(
-                    lambda rows: loss_and_metrics(batch_of("held_out", rows), args)[1], splits["held_out"]
-                ),
-            )
-        if run.due(args.save_every) or run.stopping:
+        run.end_step(len(rows_of_step), batches.count_tokens(rows_of_step), grad_norm)
+        if run.is_time(args.eval_every):
+            run.log("held_out", run.evaluate_loss(compute, batch_of, splits["held_out"]))
+        if run.is_time_to_save():
             run.save(model, optimizer, tokenizer)
 
-    run.save_model(model, tokenizer, run.folder)
+    run.save_model(model, tokenizer)
     del optimizer
-    columns = {"before": before, "after": {split: report(split) for split in before}}
-    run.finish(columns, base, data_sha256)
-    evaluate.print_report(run, columns)
+    run.finish({"before": before, "after": report()}, model_folder, data_sha256)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from collections import Counter
 
 import torch
 
+MOST_STEPS = 10_000_000  # of a plan
 MASKED = -1e9  # added to attention scores; finite: a row of padding gives no nan, and its exponential is exactly 0
 
 
@@ -64,7 +65,8 @@ def plan_batches(rows: list[dict], batch_size: int, epochs: float, max_steps: in
         raise ValueError("no rows to plan")
     rng, lengths = random.Random(seed), [row_length(row) for row in rows]
     plan, total = [], max(1, round(epochs * len(rows)))
-    while total > 0:
+    most = max_steps if max_steps >= 0 else MOST_STEPS
+    while total > 0 and len(plan) < most:
         order = list(range(len(rows)))
         rng.shuffle(order)
         order = order[: min(total, len(order))]
@@ -77,7 +79,9 @@ def plan_batches(rows: list[dict], batch_size: int, epochs: float, max_steps: in
             rng.shuffle(cut)
             steps += cut
         plan += steps + ([order[full:]] if full < len(order) else [])
-    return plan[:max_steps] if max_steps >= 0 else plan
+    if len(plan) >= MOST_STEPS > max_steps:
+        raise ValueError(f"{epochs:g} epochs are more than {MOST_STEPS:,} steps")
+    return plan[:most]
 
 
 def planned_rows(rows: Rows, plan: list[list[int]]) -> tuple[Rows, list[list[dict]]]:

@@ -1,5 +1,6 @@
 """Files: rows read with the place where each stands, JSON written whole or not at all."""
 
+import contextlib
 import csv
 import gzip
 import io
@@ -11,7 +12,6 @@ import zlib
 from pathlib import Path
 
 from common import InputError, first_line
-from common.hub import check_hub_id
 
 ROW_FORMATS = {".jsonl", ".json", ".csv", ".parquet"}
 LARGEST = 1 << 31  # bytes of a file once unpacked: a small .gz can hold more than the memory
@@ -162,6 +162,41 @@ def parse_line(source: str, number: int, line: str) -> object:
     except (ValueError, RecursionError) as error:  # a field twice, lists nested without end
         message = f"not readable JSON ({error})"
     raise InputError(f"{source}, line {number}: {message}.")
+
+
+def check_hub_id(name: str, kind: str, flag: str = "") -> None:
+    """Raises InputError at once where a hub id neither exists nor is in the local cache; prints
+    nothing.
+
+    One request with a short limit, instead of the libraries' half a minute of retries. `kind` is
+    "model" or "dataset"."""
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    flag = flag or ("--model" if kind == "model" else "--data")
+    try:
+        huggingface_hub.utils.validate_repo_id(name)
+    except HFValidationError:
+        raise InputError(f"{flag} {name}: no such file or folder, and not the form of a hub id.") from None
+    with contextlib.suppress(Exception):
+        if os.environ.get("HF_HUB_OFFLINE") not in {"1", "true", "TRUE", "True", "ON", "YES", "yes"}:
+            try:
+                huggingface_hub.HfApi().repo_info(name, repo_type=kind, timeout=5)
+                return
+            except RepositoryNotFoundError:
+                raise InputError(
+                    f"{flag} {name}: no such {kind} on the hub, or it is private, and no such file or folder here."
+                ) from None
+    try:
+        huggingface_hub.snapshot_download(name, repo_type=kind, local_files_only=True)
+        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = (
+            "1"  # cached: use that copy, do not retry the hub
+        )
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+    except Exception:
+        raise InputError(
+            f"{flag} {name}: no such file or folder here, and the hub cannot be reached for a {kind} of that name."
+        ) from None
 
 
 def read_hub(name: str) -> dict[str, list[tuple[str, dict]]]:

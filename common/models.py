@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 
 from common import InputError, first_line
-from common.hub import check_hub_id
+from common.files import check_hub_id
 
 UNLIMITED = 1 << 30  # positions, where a configuration names no limit
 
@@ -40,7 +40,7 @@ def load_tokenizer(folder: str):
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise InputError(f"--model {folder}: no tokenizer can be loaded from it ({first_line(error)}).") from None
     if tokenizer.eos_token_id is None and tokenizer.sep_token_id is not None:
@@ -70,19 +70,53 @@ def choose_pad_id(tokenizer) -> int:
 
 
 def load_model(folder: str, device, tokenizer=None):
-    """A causal LM in float32 (bf16 weights do not move at lr 1e-6), dropout off, with a pad id."""
+    """A causal LM in float32 (bf16 weights do not move at lr 1e-6), without dropout, with a pad id.
+
+    Raises InputError where it cannot be loaded whole: transformers would go on with random weights."""
     from transformers import AutoModelForCausalLM
 
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    except Exception as error:
-        message = f"--model {folder}: cannot be loaded as a causal language model ({first_line(error)})."
-        raise InputError(message) from None
+    model, loading = load_with(AutoModelForCausalLM, folder, "a causal language model")
+    refuse_missing(f"--model {folder}", loading["missing_keys"])
     if tokenizer is not None:
+        rows = model.get_input_embeddings().weight.shape[0]
+        largest = max(tokenizer.get_vocab().values())
+        if largest >= rows:
+            raise InputError(f"--model {folder}: the tokenizer has ids up to {largest}, the model {rows} embeddings.")
         model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    if model.base_model is model:  # Llama 4 types name a body that they do not have
+        bodies = [name for name, child in model.named_children() if hasattr(child, "get_input_embeddings")]
+        model.base_model_prefix = bodies[0] if len(bodies) == 1 else model.base_model_prefix
+    return ready(model, folder).to(device)
+
+
+def load_with(auto_class, folder: str, what: str, flag: str = "--model", **options):
+    """(model in float32, what loading it said) by one of transformers' Auto classes.
+
+    Code that comes with a model is not run."""
+    options = {"dtype": torch.float32, "trust_remote_code": False, "output_loading_info": True} | options
+    try:
+        return auto_class.from_pretrained(folder, **options)
+    except Exception as error:
+        needs_code = "trust_remote_code" in str(error)
+        reason = "it needs code of its own to run, which is refused" if needs_code else first_line(error)
+        raise InputError(f"{flag} {folder}: cannot be loaded as {what} ({reason}).") from None
+
+
+def refuse_missing(flag: str, names) -> None:
+    """Raises InputError where weights are missing in a folder."""
+    if names := sorted(names):
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise InputError(f"{flag}: weights are missing in the folder ({', '.join(names[:3])}{more}).")
+
+
+def ready(model, folder: str):
+    """The model with a fast GELU and dropout off; InputError where a weight is not finite."""
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise InputError(f"--model {folder}: the weight {name} holds values that are not finite.")
     fuse_gelu(model)
     disable_dropout(model)
-    return model.to(device)
+    return model
 
 
 def fuse_gelu(model: torch.nn.Module) -> None:

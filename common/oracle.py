@@ -90,6 +90,15 @@ def longest_rows(splits: dict) -> list[dict]:
 
 
 @torch.no_grad()
+def sees_the_future(model, ids: list[int]) -> bool:
+    """Whether a change of the last token moves earlier logits, as in bidirectional models."""
+    changed = [*ids[:-1], ids[-1] - 1 if ids[-1] else 1]
+    inputs = torch.tensor([ids, changed], device=next(model.parameters()).device)
+    logits = model(input_ids=inputs, use_cache=False).logits[:, :-1].float()
+    return not torch.allclose(logits[0], logits[1], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
 def choose_layout(logps_of, model, splits: dict, pad_id: int, device, share_prompt: bool, say=print) -> str:
     """The fastest layout of `collate` whose log-probabilities agree with the plain ones on the
     longest rows.
@@ -98,8 +107,12 @@ def choose_layout(logps_of, model, splits: dict, pad_id: int, device, share_prom
     soft-capping would be wrong without a word, so this is measured before the first step.
     `logps_of(batch)` returns summed log-probabilities [sequences]. A change of layout is said.
 
-    Raises InputError where no layout agrees."""
+    Raises InputError where no layout agrees, or where the model is no causal one."""
     rows = longest_rows(splits)
+    if sees_the_future(model, rows[0]["prompt"] + rows[0]["completions"][0]):
+        raise InputError(
+            "This model's logits depend on later tokens: it is bidirectional, not a causal language model."
+        )
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     expected = plain_logps(model, sequences_of(rows), pad_id)

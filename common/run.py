@@ -27,6 +27,9 @@ from common.files import append_json_line, plain, read_json, write_json, write_t
 from common.generate import is_tiny
 from common.models import full_tensor, shard
 from common.processes import gather, is_main_process, print0, rank, sum_over_processes, wait_for_all, world_size
+from report import curves
+from report.table import print_end_table
+from report.trackers import tracker
 
 COUNT = (lambda v: v >= 1, "at least 1")
 POSITIVE = (lambda v: 0 < v < math.inf, "a positive number")
@@ -173,7 +176,7 @@ class Run:
             write_json(aside / "args.json", {"script": self.script.name, **dataclasses.asdict(self._args)})
             os.replace(aside, self.folder)
         wait_for_all()
-        self._track = self._track or summary.tracker(self._args.track, self.folder, dataclasses.asdict(self._args))
+        self._track = self._track or tracker(self._args.track, self.folder, dataclasses.asdict(self._args))
 
     def cached_tensors(self, name: str, compute) -> dict[str, torch.Tensor]:
         """A dict of tensors computed once and kept in the run folder; a resumed run loads it.
@@ -403,10 +406,10 @@ class Run:
                 key = name if split == "held_out" else f"{name}_{split}"
                 facts[key] = {k: v for k, v in metrics.items() if k != "samples"}
         if is_main_process():
-            summary.draw_curves(self.folder)
+            curves.draw_curves(self.folder)
             write_json(self.folder / "summary.json", facts | (extra or {}))
             shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
-            summary.print_end_table(columns, self.folder, speed)
+            print_end_table(columns, self.folder, speed)
         wait_for_all()
         if world_size() > 1:
             dist.destroy_process_group()

@@ -9,43 +9,38 @@ from pathlib import Path
 
 import torch
 
-from common import InputError
+from common import InputError, first_line
 from common.data import encode_row
 from common.generate import is_tiny
-from common.models import choose_pad_id, context_length, disable_dropout, fuse_gelu, resolve_model
+from common.models import choose_pad_id, context_length, load_with, ready, refuse_missing, resolve_model
 from toy import base, world
 
 
 def load_classifier(folder: str, device, tokenizer):
-    """A sequence-classification model with one label in float32, its pad id set to the tokenizer's;
-    a head that the folder does not have is zero."""
+    """A sequence-classification model with one label in float32, its pad id set to the tokenizer's.
+
+    A head that the folder does not have is new, and its last layer zero."""
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     try:
-        config = AutoConfig.from_pretrained(folder)
-        trained = any("ForSequenceClassification" in name for name in config.architectures or [])
-        if trained and config.num_labels != 1:
-            raise InputError(
-                f"--model {folder}: a sequence-classification model with {config.num_labels} labels; expected one."
-            )
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
-            folder, num_labels=1, dtype=torch.float32, output_loading_info=True
-        )
-    except InputError:
-        raise
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
-        raise InputError(
-            f"--model {folder}: cannot be loaded for sequence classification ({str(error).splitlines()[0]})."
-        ) from None
+        raise InputError(f"--model {folder}: its config.json cannot be used ({first_line(error)}).") from None
+    trained = any("ForSequenceClassification" in name for name in config.architectures or [])
+    if trained and config.num_labels != 1:
+        labels = f"a sequence-classification model with {config.num_labels} labels"
+        raise InputError(f"--model {folder}: {labels}; expected one.")
+    model, loading = load_with(AutoModelForSequenceClassification, folder, "a sequence classifier", num_labels=1)
+    body = f"{model.base_model_prefix}."
+    missing = [name for name in loading["missing_keys"] if name.startswith(body) and ".pooler." not in name]
+    refuse_missing(f"--model {folder}", loading["missing_keys"] if trained else missing)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # The last layer alone: zeros further down would block its gradient.
             if name in loading["missing_keys"] and parameter.shape[0] == 1:
                 parameter.zero_()
     model.config.pad_token_id = tokenizer.pad_token_id
-    fuse_gelu(model)
-    disable_dropout(model)
-    return model.to(device)
+    return ready(model, folder).to(device)
 
 
 def load_reward(name: str, data: str, device, autocast, flag: str = "--reward"):
@@ -80,79 +75,79 @@ def load_reward(name: str, data: str, device, autocast, flag: str = "--reward"):
 
 
 def model_reward(name: str, device, autocast, flag: str):
-    """The reward of a sequence-classification model: prompt + answer in one line, with an EOS
-    behind it where the model was trained here.
-
-    An answer comes without the white space that it began with: where it would run into the prompt,
-    a space goes between. A text that is longer than the model's context loses its beginning."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
+    """The reward of a sequence-classification model, read at the end of prompt + answer."""
     if name.startswith("toy:"):
         raise InputError(f"{flag} {name}: expected toy, toy:flawed, a folder, or a hub id.")
     folder = resolve_model(name, flag=flag)
-    try:
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:
-        raise InputError(
-            f"{flag} {name}: cannot be loaded as a sequence-classification model ({str(error).splitlines()[0]})."
-        ) from None
+    model, tokenizer = load_judge(name, folder, flag)
+    model.to(device).eval().requires_grad_(False)
+    # A run of a script here was trained with an EOS behind each answer, and is read there.
+    has_eos = (Path(folder) / "args.json").is_file() and tokenizer.eos_token_id is not None
+    limit = min(context_length(model), tokenizer.model_max_length)
+
+    @torch.no_grad()
+    def reward(prompts: list, answers: list[str]) -> torch.Tensor:
+        lines = [judged_ids(tokenizer, prompt, answer, has_eos) for prompt, answer in zip(prompts, answers)]
+        if None in lines:
+            raise InputError(f"{flag} {name}: its tokenizer has no chat template for these messages.")
+        lines = [ids[-limit:] for ids in lines]  # a text that is too long loses its beginning
+        order, values = sorted(range(len(lines)), key=lambda i: len(lines[i])), torch.zeros(len(lines))
+        size = 64 if is_tiny(model) else 16
+        for start in range(0, len(order), size):
+            chunk = order[start : start + size]
+            batch = tokenizer.pad({"input_ids": [lines[i] for i in chunk]}, return_tensors="pt").to(device)
+            with autocast():
+                output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+            logits = output.logits.float()  # [chunk, labels]
+            values[torch.tensor(chunk)] = (logits[:, -1] - (logits[:, 0] if logits.shape[1] == 2 else 0.0)).cpu()
+        return values
+
+    return reward
+
+
+def load_judge(name: str, folder: str, flag: str):
+    """(model, tokenizer) of a sequence classifier with one label, or two of which the second is the
+    better.
+    """
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model, loading = load_with(AutoModelForSequenceClassification, folder, "a sequence-classification model", flag)
     if loading["missing_keys"]:  # transformers would go on with random weights
         names = ", ".join(sorted(loading["missing_keys"]))
         raise InputError(
             f"{flag} {name}: the model has no reward head ({names} not found); reward_model.py trains one."
         )
-    model.to(device).eval().requires_grad_(False)
-    labels = model.config.num_labels
-    if labels > 2:
-        raise InputError(
-            f"{flag} {name}: the model has {labels} labels; expected one, or two of which the second is the better."
-        )
+    if model.config.num_labels > 2:
+        labels = f"the model has {model.config.num_labels} labels"
+        raise InputError(f"{flag} {name}: {labels}; expected one, or two of which the second is the better.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        raise InputError(f"{flag} {name}: no tokenizer can be loaded from it ({first_line(error)}).") from None
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        # These models look for the last token that is not padding: with pad = EOS they would read
-        # one token early.
+        # These models look for the last token that is not padding: with pad = EOS one too early.
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(choose_pad_id(tokenizer))
-    tokenizer.padding_side, tokenizer.truncation_side = "right", "left"
+    tokenizer.padding_side = "right"
     model.config.pad_token_id = tokenizer.pad_token_id
-    ours = (
-        Path(folder) / "args.json"
-    ).is_file() and tokenizer.eos_token_id is not None  # a run of a script here: rewards are read at the EOS
-    limit = min(context_length(model), tokenizer.model_max_length)
+    return model, tokenizer
 
-    def tokens(prompt, answer: str) -> list[int]:
-        is_text = isinstance(prompt, str)
-        apart = not answer or answer[0].isspace() or (is_text and prompt[-1:].isspace())
-        answer = ("" if apart else " ") + answer if is_text else [{"role": "assistant", "content": answer.strip()}]
-        if ours:
-            row, reason, _ = encode_row(tokenizer, prompt, [answer], 1 << 30)  # as in training, EOS included
-            if reason:
-                raise InputError(f"{flag} {name}: {reason}.")
-            ids = row["prompt"] + row["completions"][0]
-        elif is_text:
-            ids = tokenizer(prompt + answer).input_ids
-        elif tokenizer.chat_template is None:
-            raise InputError(f"{flag} {name}: chat messages, but the tokenizer has no chat template.")
-        else:
-            ids = tokenizer(
-                tokenizer.apply_chat_template([*prompt, *answer], tokenize=False), add_special_tokens=False
-            ).input_ids
-        return ids[-limit:]
 
-    @torch.no_grad()
-    def reward(prompts: list, answers: list[str]) -> torch.Tensor:
-        rows = [tokens(prompt, answer) for prompt, answer in zip(prompts, answers)]
-        order, values = sorted(range(len(rows)), key=lambda i: len(rows[i])), torch.zeros(len(rows))
-        size = 64 if is_tiny(model) else 16
-        for start in range(0, len(order), size):
-            chunk = order[start : start + size]
-            batch = tokenizer.pad({"input_ids": [rows[i] for i in chunk]}, return_tensors="pt").to(device)
-            with autocast():
-                logits = model(
-                    input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
-                ).logits.float()  # [chunk, labels]
-            values[torch.tensor(chunk)] = (logits[:, -1] - (logits[:, 0] if labels == 2 else 0.0)).cpu()
-        return values
+def judged_ids(tokenizer, prompt, answer: str, has_eos: bool) -> list[int] | None:
+    """Token ids of prompt + answer, as in training where that ended in EOS; None without a chat
+    template.
 
-    return reward
+    An answer comes without the white space that it began with: where it would run into the prompt,
+    a space goes between.
+    """
+    is_text = isinstance(prompt, str)
+    apart = not answer or answer[0].isspace() or (is_text and prompt[-1:].isspace())
+    answer = ("" if apart else " ") + answer if is_text else [{"role": "assistant", "content": answer.strip()}]
+    if has_eos:
+        row, _, _ = encode_row(tokenizer, prompt, [answer], 1 << 30)
+        return row and row["prompt"] + row["completions"][0]
+    if is_text:
+        return tokenizer(prompt + answer).input_ids
+    if tokenizer.chat_template is None:
+        return None
+    text = tokenizer.apply_chat_template([*prompt, *answer], tokenize=False)
+    return tokenizer(text, add_special_tokens=False).input_ids

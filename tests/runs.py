@@ -13,8 +13,9 @@ from unittest import mock
 
 import torch
 
-from common import batches, summary
+from common import batches
 from common import models as model_loading
+from report import curves
 from tests import models
 from toy import world
 
@@ -82,7 +83,7 @@ def train(script: str, folder: Path, **changes) -> Path:
     module, args = arguments(script, folder, **changes)
     with (
         torch.random.fork_rng(devices=[]),
-        mock.patch.object(summary, "draw_curves"),
+        mock.patch.object(curves, "draw_curves"),
     ):  # drawing takes longer than the run
         module.main(args)
     return folder
@@ -91,7 +92,7 @@ def train(script: str, folder: Path, **changes) -> Path:
 def resume(script: str, folder: Path, **changes) -> Path:
     """Goes on with a run here."""
     module = importlib.import_module(script)
-    with torch.random.fork_rng(devices=[]), mock.patch.object(summary, "draw_curves"):
+    with torch.random.fork_rng(devices=[]), mock.patch.object(curves, "draw_curves"):
         module.main(module.Args(resume=str(folder), **changes))
     return folder
 

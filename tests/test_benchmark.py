@@ -53,7 +53,14 @@ def run_of(**changed) -> dict:
 
 
 @pytest.mark.parametrize(
-    "changed", [{"first_logps": [-300.0, -310.01]}, {"losses": [0.694]}, {"first_grad_norm": 2.01}, {"first_logps": [-300.0]}, {"losses": [math.nan]}]
+    "changed",
+    [
+        {"first_logps": [-300.0, -310.01]},
+        {"losses": [0.694]},
+        {"first_grad_norm": 2.01},
+        {"first_logps": [-300.0]},
+        {"losses": [math.nan]},
+    ],
 )
 def test_a_difference_is_found(changed):
     assert pairs.disagreements({"ours": [run_of()], "trl": [run_of()]}) == []
@@ -64,10 +71,16 @@ def test_batches_are_those_of_the_plan():
     batches = pairs.make_batches("tiny", 512, batch_size=3, steps=2)
     assert [len(batch) for batch in batches] == [3, 3]
     assert batches == pairs.make_batches("tiny", 512, batch_size=3, steps=2)
-    assert all(len(row["prompt"]) == 24 and list(map(len, row["completions"])) == [8, 8] for batch in batches for row in batch)
+    assert all(
+        len(row["prompt"]) == 24 and list(map(len, row["completions"])) == [8, 8] for batch in batches for row in batch
+    )
 
 
 def test_real_rows_fit(preference_data):
     rows = pairs.real_rows(preference_data, 16, vocabulary=1000)
     assert len(rows) == 16
-    assert all(len(row["prompt"]) + len(ids) <= pairs.LONGEST and max(row["prompt"] + ids) < 1000 for row in rows for ids in row["completions"])
+    assert all(
+        len(row["prompt"]) + len(ids) <= pairs.LONGEST and max(row["prompt"] + ids) < 1000
+        for row in rows
+        for ids in row["completions"]
+    )

@@ -121,7 +121,12 @@ def test_a_folder_with_files_of_all_kinds(tmp_path, words):
     assert sorted("".join(d["segments"]) for d in splits["train"]) == ["one x\ntwo", "three"]
     assert facts["files"] == 7
     assert facts["documents"] == 2
-    assert facts["left_out"] == {"empty": 2, "binary": 1, "not text in the encoding that it should have": 1, f"longer than {corpus.LONGEST:,} characters": 1}
+    assert facts["left_out"] == {
+        "empty": 2,
+        "binary": 1,
+        "not text in the encoding that it should have": 1,
+        f"longer than {corpus.LONGEST:,} characters": 1,
+    }
     assert "2 left out (empty)" in said[0]
     assert "1 left out (binary)" in said[0]
 
@@ -145,7 +150,11 @@ def test_python_files_may_declare_their_encoding(tmp_path, words):
         ("a.py", b"\0", "1 binary"),
         ("a.txt", b"x" * (corpus.LONGEST + 1), "1 longer than"),
         ("a.txt.gz", b"no gzip", "cannot be read"),
-        ("a.jsonl", b'{"text": 3}\n{"text": ""}\n{"text": "\\ud800"}\n', "1 the field is not text.*1 empty.*1 not valid Unicode"),
+        (
+            "a.jsonl",
+            b'{"text": 3}\n{"text": ""}\n{"text": "\\ud800"}\n',
+            "1 the field is not text.*1 empty.*1 not valid Unicode",
+        ),
         ("a.jsonl", b'{"story": "once"}\n', 'line 1: no field "text"; --text-field .*found story'),
         ("a.doc", b"x", "unknown kind of file"),
     ],
@@ -153,7 +162,9 @@ def test_python_files_may_declare_their_encoding(tmp_path, words):
 def test_a_single_unusable_file_is_refused(name, content, complaint, tmp_path, words):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=complaint):
-        corpus.load(arguments(tmp_path, task="pep8" if ".py" in name else "pii", data=str(tmp_path / name)), lambda text: None)
+        corpus.load(
+            arguments(tmp_path, task="pep8" if ".py" in name else "pii", data=str(tmp_path / name)), lambda text: None
+        )
     assert not (tmp_path / "runs").exists()
 
 
@@ -201,7 +212,15 @@ def test_rows_of_a_file_and_of_the_hub(tmp_path, words, monkeypatch):
 
 def test_the_standard_library_without_packages_and_tests(tmp_path, words, monkeypatch):
     root = tmp_path / "lib"
-    names = ["os.py", "json/decoder.py", "test/test_os.py", "unittest/case.py", "idlelib/idle_test/x.py", "site-packages/torch.py", "dist-packages/x.py"]
+    names = [
+        "os.py",
+        "json/decoder.py",
+        "test/test_os.py",
+        "unittest/case.py",
+        "idlelib/idle_test/x.py",
+        "site-packages/torch.py",
+        "dist-packages/x.py",
+    ]
     names += ["lib/tests/deep/x.py", "__pycache__/x.py", "testing.py", "notes.txt"]
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -260,7 +279,10 @@ def test_cached_scores_equal_fresh_ones_and_nothing_is_scored_twice(tmp_path):
 def test_pep8_of_real_files_cached_and_in_parallel(tmp_path):
     pytest.importorskip("pycodestyle")
     scorer = scorers.load("pep8")
-    texts = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("runs.py", "models.py", "__init__.py", "conftest.py")]
+    texts = [
+        Path(__file__).with_name(name).read_text(encoding="utf-8")
+        for name in ("runs.py", "models.py", "__init__.py", "conftest.py")
+    ]
     texts = [text.replace(" = ", "=", 5).replace("    return", "\treturn", 2) for text in texts if text]
     expected = [dict(zip(("segments", "scores"), scorer.segments(text))) for text in texts]
     corpus.scored(texts * 20, "many", scorer, tmp_path)  # enough for several processes
@@ -286,7 +308,9 @@ def test_an_interrupted_scoring_goes_on_where_it_stopped(cut, tmp_path):
     if cut:
         part.write_bytes(part.read_bytes()[:-cut])
     calls.clear()
-    documents = corpus.scored(TEXTS, "digest", scorer_of(lambda text: calls.append(text) or by_words(text)), tmp_path, said.append)
+    documents = corpus.scored(
+        TEXTS, "digest", scorer_of(lambda text: calls.append(text) or by_words(text)), tmp_path, said.append
+    )
     assert documents == fresh()
     done = 11 if cut else 12
     assert calls == TEXTS[done:]
@@ -305,7 +329,10 @@ def slowly(text: str) -> tuple[list[str], list[float]]:
 def test_two_processes_score_once(tmp_path):
     texts = [f"{i}|{tmp_path}|x" for i in range(20)]
     fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=corpus.scored, args=(texts, "digest", scorer_of(slowly), tmp_path / "scores")) for _ in range(2)]
+    processes = [
+        fork.Process(target=corpus.scored, args=(texts, "digest", scorer_of(slowly), tmp_path / "scores"))
+        for _ in range(2)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -331,7 +358,9 @@ def test_a_scorer_that_loses_text_is_found_out(tmp_path):
 def test_a_document_without_a_segment_is_left_out_and_counted(tmp_path, monkeypatch):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "none"}\n{"text": "a b"}\n')
-    monkeypatch.setattr(scorers, "load", lambda *args, **words: scorer_of(lambda text: ([], []) if text == "none" else by_words(text)))
+    monkeypatch.setattr(
+        scorers, "load", lambda *args, **words: scorer_of(lambda text: ([], []) if text == "none" else by_words(text))
+    )
     splits, facts = corpus.load(arguments(tmp_path, data=str(path)), lambda text: None)
     assert len(splits["train"]) == 1
     assert facts["left_out"] == {"no segment": 1}
@@ -392,13 +421,17 @@ def test_tokens_segment_by_segment():
 def test_what_looks_like_a_special_token_in_a_text_stays_text():
     tokenizer = marked_tokenizer()
     text = "a <|good|><|bad|></s><s><pad> b"
-    assert set(tokenizer(text, add_special_tokens=False).input_ids) & set(tokenizer.all_special_ids)  # asked plainly, it reads them
+    assert set(tokenizer(text, add_special_tokens=False).input_ids) & set(
+        tokenizer.all_special_ids
+    )  # asked plainly, it reads them
     ids, _ = corpus.encode(tokenizer, [text, "</s>"], [0.0, 1.0])
     control = {tokenizer.convert_tokens_to_ids(token) for token in ("<|good|>", "<|bad|>", "<pad>", "<s>", "</s>")}
     assert len(control) == 5
     assert not set(ids) & control
     assert tokenizer.decode(ids) == text + "</s>"
-    assert tokenizer("<|good|>", add_special_tokens=False).input_ids == [tokenizer.convert_tokens_to_ids("<|good|>")]  # and it still does
+    assert tokenizer("<|good|>", add_special_tokens=False).input_ids == [
+        tokenizer.convert_tokens_to_ids("<|good|>")
+    ]  # and it still does
 
 
 def test_marks_stand_before_their_segments_and_have_their_scores():
@@ -408,7 +441,9 @@ def test_marks_stand_before_their_segments_and_have_their_scores():
     ids, scores = corpus.encode(tokenizer, SEGMENTS[:3], [0.0, 0.5, 1.0], [good, None, bad])
     assert ids == [good, *plain[0], *plain[1], bad, *plain[2]]
     assert scores == [0.0] * (1 + len(plain[0])) + [0.5] * len(plain[1]) + [1.0] * (1 + len(plain[2]))
-    documents = [{"segments": SEGMENTS[i : i + 2], "scores": [0.0, 1.0]} for i in range(4)] * 200  # more than one batch of documents
+    documents = [
+        {"segments": SEGMENTS[i : i + 2], "scores": [0.0, 1.0]} for i in range(4)
+    ] * 200  # more than one batch of documents
     marks = [[good if i % 2 else None, bad] for i in range(len(documents))]
     got = list(corpus.encode_documents(tokenizer, documents, iter(marks)))
     assert got == [corpus.encode(tokenizer, d["segments"], d["scores"], m) for d, m in zip(documents, marks)]
@@ -425,12 +460,17 @@ def test_a_tokenizers_own_truncation_cuts_nothing():
 
 
 def test_a_tokenizer_trained_on_the_corpus():
-    texts = [Path(__file__).read_text(encoding="utf-8").split("\n"), ["café 🙂 <|endoftext|>", "\ttabs", "\n\n    four"]]
+    texts = [
+        Path(__file__).read_text(encoding="utf-8").split("\n"),
+        ["café 🙂 <|endoftext|>", "\ttabs", "\n\n    four"],
+    ]
     segments = [f"\n{line}" for lines in texts for line in lines]
     tokenizer = corpus.train_tokenizer(iter(segments), 600)
     assert tokenizer.get_vocab() == corpus.train_tokenizer(iter(segments), 600).get_vocab()
     assert len(tokenizer) == 600
-    assert json.loads(tokenizer.backend_tokenizer.to_str()) == json.loads(corpus.train_tokenizer(iter(segments), 600).backend_tokenizer.to_str())
+    assert json.loads(tokenizer.backend_tokenizer.to_str()) == json.loads(
+        corpus.train_tokenizer(iter(segments), 600).backend_tokenizer.to_str()
+    )
     assert tokenizer.eos_token == corpus.EOS
     assert tokenizer.pad_token_id not in {None, tokenizer.eos_token_id}
     assert not {"<|good|>", "<|bad|>"} & set(tokenizer.get_vocab())
@@ -446,7 +486,9 @@ def test_a_tokenizer_trained_on_the_corpus():
 
 def test_a_tokenizer_that_is_given(tmp_path, preference_data):
     documents = [{"segments": SEGMENTS, "scores": [0.0] * len(SEGMENTS)}]
-    tokenizer = corpus.load_tokenizer(arguments(tmp_path, tokenizer=str(preference_data / "tokenizers/gpt2")), documents)
+    tokenizer = corpus.load_tokenizer(
+        arguments(tmp_path, tokenizer=str(preference_data / "tokenizers/gpt2")), documents
+    )
     assert len(tokenizer) == 50257
     assert tokenizer.decode(corpus.encode(tokenizer, SEGMENTS, [0.0] * len(SEGMENTS))[0]) == "".join(SEGMENTS)
     with pytest.raises(InputError, match="does not come back as it was"):  # it puts a space before every text
@@ -463,7 +505,9 @@ def test_documents_are_joined_by_eos_and_cut_without_padding():
     ids, scores, left = corpus.pack(iter(encoded), 2, 4)
     assert ids.tolist() == [[5, 6, 7, 2], [8, 2, 9, 9]]
     assert ids.dtype == torch.int64
-    torch.testing.assert_close(scores, torch.tensor([[0.1, 0.1, 0.2, 0.2], [0.5, 0.5, 0.0, 0.0]]))  # EOS has the last segment's score
+    torch.testing.assert_close(
+        scores, torch.tensor([[0.1, 0.1, 0.2, 0.2], [0.5, 0.5, 0.0, 0.0]])
+    )  # EOS has the last segment's score
     assert left == 3
     ids, scores, left = corpus.pack(iter(encoded), 2, 12)
     assert ids.shape == scores.shape == (0, 12)
@@ -508,7 +552,10 @@ def test_a_new_model(toy_tokenizer, tmp_path):
     llama = corpus.new_model(str(tmp_path / "llama"), toy_tokenizer, 128, 0)
     assert llama.config.model_type == "llama"
     assert llama.get_input_embeddings().weight.shape == (len(toy_tokenizer), 32)
-    for name, context, complaint in (("large", 8, "--model large: expected tiny"), (str(tmp_path / "llama"), 129, "--context 129: the model has 128")):
+    for name, context, complaint in (
+        ("large", 8, "--model large: expected tiny"),
+        (str(tmp_path / "llama"), 129, "--context 129: the model has 128"),
+    ):
         with pytest.raises(InputError, match=complaint):
             corpus.new_model(name, toy_tokenizer, context, 0)
 
@@ -518,7 +565,16 @@ def test_the_cached_mle_model_is_what_plain_pretraining_gives(tmp_path, monkeypa
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     small = toy.corpus(0, 60)
     monkeypatch.setattr(toy, "corpus", lambda seed=0: small)
-    changes = {"kl_samples": None, "context": 16, "batch_size": 6, "micro_batch_size": 4, "tokens": 7 * 96.0, "samples": 0, "max_steps": 5, "lr": 3e-3}
+    changes = {
+        "kl_samples": None,
+        "context": 16,
+        "batch_size": 6,
+        "micro_batch_size": 4,
+        "tokens": 7 * 96.0,
+        "samples": 0,
+        "max_steps": 5,
+        "lr": 3e-3,
+    }
     module = __import__("mle_pretrain")
     words = {k: v for k, v in {**runs.SHORT, **changes}.items() if k in module.Args.__dataclass_fields__}
     args = module.Args(**{**words, "name": "plain", "output_dir": str(tmp_path)})
@@ -542,7 +598,10 @@ def test_the_cached_mle_model_is_what_plain_pretraining_gives(tmp_path, monkeypa
 def test_random_documents_survive_the_whole_road(tmp_path):
     """Read, scored, tokenised, joined, cut: the chunks decode to the documents with EOS between."""
     rng = random.Random(0)
-    texts = [" ".join("".join(rng.choices("abx\n<|>é", k=rng.randint(1, 6))) for _ in range(rng.randint(1, 9))) for _ in range(40)]
+    texts = [
+        " ".join("".join(rng.choices("abx\n<|>é", k=rng.randint(1, 6))) for _ in range(rng.randint(1, 9)))
+        for _ in range(40)
+    ]
     texts = [text for text in texts if text.strip()]
     documents = corpus.scored(texts, "digest", scorer_of(), tmp_path)
     tokenizer = corpus.train_tokenizer((s for d in documents for s in d["segments"]), 280)
@@ -550,7 +609,12 @@ def test_random_documents_survive_the_whole_road(tmp_path):
     whole = "".join(text + corpus.EOS for text in texts)
     assert whole.startswith(tokenizer.decode(ids.flatten().tolist()).rstrip("\ufffd"))
     assert left < 8
-    by_token = [s for d in documents for segment, score in zip(d["segments"], d["scores"]) for s in [score] * len(corpus.ids_of(tokenizer, [segment])[0])]
+    by_token = [
+        s
+        for d in documents
+        for segment, score in zip(d["segments"], d["scores"])
+        for s in [score] * len(corpus.ids_of(tokenizer, [segment])[0])
+    ]
     no_eos = ids.flatten() != tokenizer.eos_token_id
     torch.testing.assert_close(scores.flatten()[no_eos], torch.tensor(by_token)[: int(no_eos.sum())])
     assert len(set(by_token)) > 3

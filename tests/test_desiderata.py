@@ -4,7 +4,18 @@ import pytest
 import torch
 
 from experiments import constraints, interpolation, preservation
-from experiments.tabular import METHODS, closed_form, f_dpo_loss, ipo_loss, label_weights, minimise, minimiser, population_loss, rlhf_objective, tensor
+from experiments.tabular import (
+    METHODS,
+    closed_form,
+    f_dpo_loss,
+    ipo_loss,
+    label_weights,
+    minimise,
+    minimiser,
+    population_loss,
+    rlhf_objective,
+    tensor,
+)
 
 TARGET, REF = interpolation.TARGET, interpolation.REF
 # lambda -> method -> minimiser, as derived for pairs of two different answers drawn uniformly
@@ -30,7 +41,10 @@ def test_closed_forms_are_stationary_for_the_losses_of_the_scripts(method, lam):
     gradient = torch.autograd.grad(population_loss(method, logits, REF, label_weights(TARGET), lam), logits)[0]
     assert gradient.abs().max() < 1e-9
     moved = (logits.detach() + tensor([0.1, 0.0, -0.1])).requires_grad_()  # the check can fail
-    assert torch.autograd.grad(population_loss(method, moved, REF, label_weights(TARGET), lam), moved)[0].abs().max() > 1e-4
+    assert (
+        torch.autograd.grad(population_loss(method, moved, REF, label_weights(TARGET), lam), moved)[0].abs().max()
+        > 1e-4
+    )
 
 
 @pytest.mark.parametrize("lam", [0.05, 1.0, 20.0])
@@ -71,7 +85,8 @@ def test_dpo_solves_the_rlhf_objective_unless_constrained():
     exact = minimise(lambda logits: rlhf_objective(logits, TARGET, REF, 1.0), REF.log()).softmax(-1)
     torch.testing.assert_close(exact, closed_form("DPO", TARGET, REF, 1.0).exp(), atol=1e-8, rtol=0)
     gaps = {
-        c: (constraints.policies("DPO", lam, args)[c] - constraints.policies("RLHF", lam, args)[c]).abs().sum().item() / 2
+        c: (constraints.policies("DPO", lam, args)[c] - constraints.policies("RLHF", lam, args)[c]).abs().sum().item()
+        / 2
         for c in ("none", "early stopping", "L2 decay")
     }
     assert gaps["none"] < 1e-12
@@ -110,5 +125,7 @@ def test_training_on_sampled_pairs_ends_at_their_minimiser():
     counts = interpolation.draw_counts(3, 213)
     found = interpolation.sampled("TYPO", 0.1, counts, 1500)
     for policy, weights in zip(found, counts):
-        exact = minimise(lambda logits, weights=weights: population_loss("TYPO", logits, REF, weights, 0.1), REF.log()).softmax(-1)
+        exact = minimise(
+            lambda logits, weights=weights: population_loss("TYPO", logits, REF, weights, 0.1), REF.log()
+        ).softmax(-1)
         torch.testing.assert_close(policy, exact, atol=1e-3, rtol=0)

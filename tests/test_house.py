@@ -28,7 +28,7 @@ def copy(tmp_path) -> Path:
     root = tmp_path / "copy"
     root.mkdir()
     shutil.copyfile(house.ROOT / "dpo.py", root / "dpo.py")
-    for package in ("common", "toy"):
+    for package in ("common", "toy", "report"):
         shutil.copytree(house.ROOT / package, root / package, ignore=shutil.ignore_patterns("__pycache__"))
     (root / "tests").mkdir()
     shutil.copyfile(house.ROOT / "tests" / "house.py", root / "tests" / "house.py")
@@ -105,9 +105,7 @@ def test_fix_refuses_another_number_of_regions(copy, kind):
     if kind == "one region more":
         changed(path, TRUNK_LINE, "        # [method]\n        # [/method]\n" + TRUNK_LINE)
     else:
-        changed(
-            path, "        # [method]\n        optimizer.step()\n        # [/method]\n", "        optimizer.step()\n"
-        )
+        changed(path, "    # [method]\n    # [/method]\n", "")
     before = path.read_text()
     done = run_tool(copy, "--fix")
     assert done.returncode == 1
@@ -162,8 +160,8 @@ BREAKS = {
     "a long script": ("dpo.py", "CHUNK, BLOCK", "_ = 0\n" * 345 + "CHUNK, BLOCK", "dpo.py:1: "),
     "a field that nothing reads": (
         "dpo.py",
-        "    beta: float",
-        '    unread: float = 0.0\n    """Does nothing."""\n    beta: float',
+        "    beta: float = 0.3",
+        '    unread: float = 0.0\n    """Does nothing."""\n    beta: float = 0.3',
         "the field unread of Args is read",
     ),
     "a field that only its range check reads": (
@@ -174,8 +172,8 @@ BREAKS = {
     ),
     "a field without a sentence": (
         "dpo.py",
-        "    beta: float",
-        "    eps: float = 0.1\n    beta: float",
+        "    beta: float = 0.3",
+        "    eps: float = 0.1\n    beta: float = 0.3",
         "the field eps of Args has no sentence",
     ),
     "a method's name in the trunk": (

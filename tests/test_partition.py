@@ -21,7 +21,11 @@ TABLE = {
     ("continuous", "running mean"): ((0.269, 0.256, 0.244, 0.231), (0.335, 0.275, 0.220, 0.171)),
     ("continuous", "one value a prompt"): (B, B),
 }
-SHIFTS = {("binary", "one constant"): (1.005, 1.005), ("continuous", "one constant"): (0.714, 0.714), ("binary", "one value a prompt"): (3.05, -1.95)}
+SHIFTS = {
+    ("binary", "one constant"): (1.005, 1.005),
+    ("continuous", "one constant"): (0.714, 0.714),
+    ("binary", "one value a prompt"): (3.05, -1.95),
+}
 
 
 @pytest.mark.parametrize("case", TABLE)
@@ -47,6 +51,8 @@ def test_labels_of_the_toy_follow_reward_and_difficulty(tmp_path, toy_base):
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     for d in (-3.0, 0.0, 3.0):
         mine = [row for row in rows if partition.difficulty(row["prompt"]) == d]
-        expected = [1 / (1 + math.exp(-toy.true_reward(toy.row_of(row["prompt"]), row["completion"]) - d)) for row in mine]
+        expected = [
+            1 / (1 + math.exp(-toy.true_reward(toy.row_of(row["prompt"]), row["completion"]) - d)) for row in mine
+        ]
         assert len(mine) > 1000
         assert sum(row["label"] for row in mine) / len(mine) == pytest.approx(sum(expected) / len(expected), abs=0.04)

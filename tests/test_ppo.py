@@ -1,4 +1,7 @@
-"""ppo.py: advantages, losses, and the identities that hold on the first step. What it shares with superhf.py is in test_superhf.py."""
+"""ppo.py: advantages, losses, and the identities that hold on the first step.
+
+What it shares with superhf.py is in test_superhf.py.
+"""
 
 import json
 import math
@@ -8,7 +11,9 @@ import safetensors.torch
 import torch
 
 import ppo
-from common import data, evaluate, rewards, runtime
+from common import batches, generate, oracle
+from common import models as model_loading
+from rewards import models as reward_models
 from tests import models
 from tests.runs import canned_sample, lines_of, model_of, recorded, toy_reward_anywhere, train, write_pairs
 
@@ -17,7 +22,7 @@ QUICK = {"max_new_tokens": 5, "completions": 2, "eval_every": 1000, "epochs": 1.
 
 @pytest.fixture(autouse=True)
 def toy_reward(monkeypatch):
-    monkeypatch.setattr(rewards, "load", toy_reward_anywhere(rewards.load))
+    monkeypatch.setattr(reward_models, "load_reward", toy_reward_anywhere(reward_models.load_reward))
 
 
 @pytest.fixture(scope="module")
@@ -100,36 +105,63 @@ def test_rewards_of_tokens():
     torch.testing.assert_close(found, torch.tensor([-0.5, 0.0, 1.0 + 10.0, -0.25 + 20.0]))
 
 
+def test_whitened_rewards_pay_nothing_for_length():
+    """Rewards 1 and 5 at the last of three tokens and of two, no penalty: each token's return is
+    the completion's reward / std, however long it is.
+    """
+    token_rewards = torch.tensor([0.0, 0.0, 1.0, 0.0, 5.0])
+    deviation = token_rewards.std(correction=0)
+    for factor in (1.0, 10.0):  # and the scale of a reward is nothing
+        batch = {"token_rewards": factor * token_rewards, "old_values": torch.zeros(5), "lengths": [3, 2]}
+        ppo.add_advantages([(batch, 1.0)], lambda items: items, gamma=1.0, gae_lambda=1.0)
+        torch.testing.assert_close(
+            batch["returns"], torch.tensor([1.0, 1.0, 1.0, 5.0, 5.0]) / deviation, rtol=1e-5, atol=0
+        )
+        assert batch["advantages"].mean().item() == pytest.approx(0, abs=1e-6)
+        assert batch["advantages"].std(correction=0).item() == pytest.approx(1, abs=1e-5)
+
+
 @pytest.mark.parametrize("chunk", [2, 4096])
 @pytest.mark.parametrize("kind", ["tiny_gpt2", "tiny_llama"])
 def test_log_probabilities_and_values_are_those_of_one_sequence_at_a_time(kind, chunk, monkeypatch):
     monkeypatch.setattr(ppo, "CHUNK", chunk)
     model = getattr(models, kind)(20).double()
-    saved = {"value.weight": torch.randn(1, 32, dtype=torch.float64), "value.bias": torch.tensor([0.3], dtype=torch.float64)}
+    saved = {
+        "value.weight": torch.randn(1, 32, dtype=torch.float64),
+        "value.bias": torch.tensor([0.3], dtype=torch.float64),
+    }
     model = ppo.add_critic(model, saved).double()
     rows = [([5, 6, 7], [8, 9, 2]), ([10], [11, 12, 13, 14]), ([4, 5], [2])]
-    logps, values = ppo.logps_and_values(model, data.collate([{"prompt": p, "completions": [c]} for p, c in rows], 0, "rows", "cpu"))
+    logps, values = ppo.logps_and_values(
+        model, batches.collate([{"prompt": p, "completions": [c]} for p, c in rows], 0, "rows", "cpu")
+    )
     expected = []
     for p, c in rows:
         out = model(torch.tensor([p + c]), output_hidden_states=True, use_cache=False)
         for t, token in enumerate(c):
             state = out.hidden_states[-1][0, len(p) - 1 + t]
-            expected.append((out.logits[0, len(p) - 1 + t].log_softmax(-1)[token], state @ saved["value.weight"][0].double() + 0.3))
+            expected.append(
+                (out.logits[0, len(p) - 1 + t].log_softmax(-1)[token], state @ saved["value.weight"][0].double() + 0.3)
+            )
     torch.testing.assert_close(logps, torch.stack([a for a, _ in expected]))
     torch.testing.assert_close(values, torch.stack([b for _, b in expected]))
 
 
-# ---------------------------------------------------------------------------------------------------------------- runs
+# -- runs
 
 
 def batches_of(tmp_path, llama, file11, monkeypatch, **changes):
-    """Runs a step with known completions; what compute_loss was given and gave, the completions with their rewards, and the run's folder."""
+    """Runs a step with known completions; what compute_loss was given and gave, the completions
+    with their rewards, and the run's folder.
+    """
     seen, scored = [], []
     compute_loss = ppo.compute_loss
 
-    def computing(model, batch, args):
-        loss, metrics = compute_loss(model, batch, args)
-        seen.append(({name: value.clone() for name, value in batch.items() if isinstance(value, torch.Tensor)}, metrics))
+    def computing(model, batch, **numbers):
+        loss, metrics = compute_loss(model, batch, **numbers)
+        seen.append(
+            ({name: value.clone() for name, value in batch.items() if isinstance(value, torch.Tensor)}, metrics)
+        )
         return loss, metrics
 
     def sample(model, prompts, tokenizer, max_new_tokens, **shape):
@@ -141,8 +173,8 @@ def batches_of(tmp_path, llama, file11, monkeypatch, **changes):
         return torch.tensor([0.1 * len(answer) - 1.0 for answer in answers])
 
     monkeypatch.setattr(ppo, "compute_loss", computing)
-    monkeypatch.setattr(evaluate, "sample", sample)
-    monkeypatch.setattr(rewards, "load", lambda *rest: reward)
+    monkeypatch.setattr(generate, "sample", sample)
+    monkeypatch.setattr(reward_models, "load_reward", lambda *rest: reward)
     folder = train("ppo", tmp_path / "run", model=llama, data=file11, **{**QUICK, "max_steps": 1, **changes})
     return seen, scored, folder
 
@@ -157,7 +189,9 @@ def test_the_first_ratio_is_exactly_1_and_later_ones_are_not(micro_batch_size, t
         assert bool(off) == (i >= passes)
         if i < passes:
             assert metrics["loss/policy"].item() == pytest.approx(-batch["advantages"].sum().item(), abs=1e-5)
-            assert metrics["loss/value"].item() == pytest.approx((batch["returns"] ** 2).sum().item() / 2, rel=1e-5)  # values are zero at first
+            assert metrics["loss/value"].item() == pytest.approx(
+                (batch["returns"] ** 2).sum().item() / 2, rel=1e-5
+            )  # values are zero at first
             assert not batch["old_values"].any()
             assert metrics["clipped_share"] == 0
     (line,) = lines_of(folder)
@@ -166,22 +200,30 @@ def test_the_first_ratio_is_exactly_1_and_later_ones_are_not(micro_batch_size, t
 
 
 def test_advantages_of_a_run_by_a_second_road(tmp_path, llama, file11, monkeypatch):
-    """From another reference than the policy, so that the KL penalty is not zero: penalty, reward at the last token, both whitenings, in plain loops."""
-    other = models.save(models.tiny_llama(len(runtime.load_tokenizer(llama)), seed=5), runtime.load_tokenizer(llama), tmp_path / "other")
-    load_model, loaded = runtime.load_model, []
+    """From another reference than the policy, so that the KL penalty is not zero: penalty, reward
+    at the last token, both whitenings, in plain loops.
+    """
+    other = models.save(
+        models.tiny_llama(len(model_loading.load_tokenizer(llama)), seed=5),
+        model_loading.load_tokenizer(llama),
+        tmp_path / "other",
+    )
+    load_model, loaded = model_loading.load_model, []
 
     def load(folder, *rest):
         loaded.append(folder)
         return load_model(str(other) if len(loaded) == 2 else folder, *rest)
 
-    monkeypatch.setattr(runtime, "load_model", load)
-    seen, scored, _ = batches_of(tmp_path, llama, file11, monkeypatch, micro_batch_size=5, kl=0.3, gamma=0.9, gae_lambda=0.8, ppo_epochs=1)
-    monkeypatch.setattr(runtime, "load_model", load_model)
-    tokenizer, policy, reference = runtime.load_tokenizer(llama), model_of(llama), model_of(other)
+    monkeypatch.setattr(model_loading, "load_model", load)
+    seen, scored, _ = batches_of(
+        tmp_path, llama, file11, monkeypatch, micro_batch_size=5, kl=0.3, gamma=0.9, gae_lambda=0.8, ppo_epochs=1
+    )
+    monkeypatch.setattr(model_loading, "load_model", load_model)
+    tokenizer, policy, reference = model_loading.load_tokenizer(llama), model_of(llama), model_of(other)
     token_rewards = {}
     for p, c in scored:
-        answer = evaluate.text_behind(tokenizer, p, c)
-        sums = [evaluate.plain_token_logps(m, [(p, c)], 0)[0][0, len(p) - 1 :].double() for m in (policy, reference)]
+        answer = generate.text_after(tokenizer, p, c)
+        sums = [oracle.plain_token_logps(m, [(p, c)], 0)[0][0, len(p) - 1 :].double() for m in (policy, reference)]
         r = -0.3 * (sums[0] - sums[1])
         r[-1] += 0.1 * len(answer) - 1.0
         token_rewards[json.dumps([p, c])] = r
@@ -189,7 +231,7 @@ def test_advantages_of_a_run_by_a_second_road(tmp_path, llama, file11, monkeypat
     deviation = ((every - every.mean()) ** 2).mean().sqrt()
     advantages = {}
     for key, r in token_rewards.items():
-        r = r / deviation  # the mean is kept; values are zero, so a delta is the reward itself
+        r = r / deviation  # divided, no more; values are zero, so a delta is the reward itself
         advantages[key] = [sum((0.9 * 0.8) ** (u - t) * r[u].item() for u in range(t, len(r))) for t in range(len(r))]
     flat = torch.tensor([a for p, c in scored for a in advantages[json.dumps([p, c])]])
     mean, spread = flat.mean().item(), ((flat - flat.mean()) ** 2).mean().sqrt().item()
@@ -198,12 +240,14 @@ def test_advantages_of_a_run_by_a_second_road(tmp_path, llama, file11, monkeypat
     assert (found**2).mean().item() == pytest.approx(1, abs=1e-4)
     expected = [(a - mean) / spread for a in flat.tolist()]
     assert sorted(found.tolist()) == pytest.approx(sorted(expected), abs=1e-3)
-    returns = torch.cat([batch["returns"] for batch, _ in seen])  # values are zero: returns are the advantages before they are whitened
+    returns = torch.cat(
+        [batch["returns"] for batch, _ in seen]
+    )  # values are zero: returns are the advantages before they are whitened
     assert sorted(returns.tolist()) == pytest.approx(sorted(flat.tolist()), abs=1e-3)
 
 
 def test_every_token_weighs_the_same_however_a_step_is_cut(tmp_path, llama, file11, monkeypatch):
-    monkeypatch.setattr(evaluate, "sample", canned_sample)
+    monkeypatch.setattr(generate, "sample", canned_sample)
     given = {"model": llama, "data": file11, **QUICK, "max_steps": 1, "ppo_epochs": 1}
     _, (whole,) = recorded("ppo", tmp_path / "whole", micro_batch_size=12, **given)
     _, (cut,) = recorded("ppo", tmp_path / "cut", micro_batch_size=5, **given)
@@ -212,17 +256,29 @@ def test_every_token_weighs_the_same_however_a_step_is_cut(tmp_path, llama, file
 
 
 def test_the_value_head_is_saved_and_goes_on(tmp_path, llama, file11, monkeypatch):
-    monkeypatch.setattr(evaluate, "sample", canned_sample)
+    monkeypatch.setattr(generate, "sample", canned_sample)
     first = train("ppo", tmp_path / "first", model=llama, data=file11, **QUICK)
     saved = safetensors.torch.load_file(first / "model.safetensors")
     assert saved["value.weight"].any()
     second = train("ppo", tmp_path / "second", model=str(first), data=file11, **{**QUICK, "max_steps": 1, "lr": 1e-12})
-    torch.testing.assert_close(safetensors.torch.load_file(second / "model.safetensors")["value.weight"], saved["value.weight"])
+    torch.testing.assert_close(
+        safetensors.torch.load_file(second / "model.safetensors")["value.weight"], saved["value.weight"]
+    )
 
 
 @pytest.mark.slow
 def test_reward_rises(tmp_path, toy_base):
     """A short run on the toy: the reward of the last steps is well above that of the first."""
-    folder = train("ppo", tmp_path / "run", model="toy", batch_size=40, completions=1, max_new_tokens=24, epochs=10, micro_batch_size=64, lr=1e-3)
+    folder = train(
+        "ppo",
+        tmp_path / "run",
+        model="toy",
+        batch_size=40,
+        completions=1,
+        max_new_tokens=24,
+        epochs=10,
+        micro_batch_size=64,
+        lr=1e-3,
+    )
     rewards_seen = [line["reward"] for line in lines_of(folder)]
     assert sum(rewards_seen[-4:]) / 4 > sum(rewards_seen[:4]) / 4 + 0.3

@@ -58,13 +58,23 @@ def test_chunked_logits_change_no_gradient(script, toy_tokenizer, monkeypatch):
             monkeypatch.setattr(module, "CHUNK", chunk)
         else:  # the plain road
             monkeypatch.setattr(
-                module, "target_logps", lambda model, hidden, targets: model.lm_head(hidden).log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
+                module,
+                "target_logps",
+                lambda model, hidden, targets: (
+                    model.lm_head(hidden).log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
+                ),
             )
         module.compute_loss(model, batch, args)[0].backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     for other in gradients[1:]:
         for name, value in gradients[0].items():
-            torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-5 * value.abs().max().item() + 1e-7, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(
+                other[name],
+                value,
+                rtol=1e-4,
+                atol=1e-5 * value.abs().max().item() + 1e-7,
+                msg=lambda m, name=name: f"{name}: {m}",
+            )
 
 
 def test_the_value_is_trained_by_the_squared_error_alone_and_so_is_the_backbone_through_it(toy_tokenizer):
@@ -73,18 +83,26 @@ def test_the_value_is_trained_by_the_squared_error_alone_and_so_is_the_backbone_
     def gradients(alpha, moved=0.0, logps=True):
         model = module.add_value_head(models.tiny_gpt2(len(toy_tokenizer)), {})
         torch.nn.init.normal_(model.value.weight, std=moved, generator=torch.Generator().manual_seed(0))
-        with mock.patch.object(module, "target_logps", module.target_logps if logps else lambda model, hidden, targets: torch.zeros(targets.shape)):
+        with mock.patch.object(
+            module,
+            "target_logps",
+            module.target_logps if logps else lambda model, hidden, targets: torch.zeros(targets.shape),
+        ):
             module.compute_loss(model, batch, module.Args(alpha=alpha, threshold=0.5))[0].backward()
         return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
 
-    assert not gradients(1.0, moved=0.1)["value.weight"].any()  # nothing but the weighted likelihood: the value gets no gradient
+    assert not gradients(1.0, moved=0.1)[
+        "value.weight"
+    ].any()  # nothing but the weighted likelihood: the value gets no gradient
     at_zero = gradients(0.5)
     model = module.add_value_head(models.tiny_gpt2(len(toy_tokenizer)), {})
     with torch.no_grad():
         hidden = module.states(model, batch)
     advantages = 0.5 - batch["scores"][:, 1:]
     slope = -2 * 0.5 * advantages * -0.25  # dV/d(w . h) = -sigma (1 - sigma) = -1/4 at zero
-    torch.testing.assert_close(at_zero["value.weight"][0], (slope[..., None] * hidden).sum((0, 1)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        at_zero["value.weight"][0], (slope[..., None] * hidden).sum((0, 1)), rtol=1e-4, atol=1e-4
+    )
     through_the_head = gradients(0.5, moved=0.1, logps=False)
     assert through_the_head["transformer.h.0.mlp.c_fc.weight"].abs().max() > 1e-4
 
@@ -122,17 +140,29 @@ def test_rows_of_new_tokens_are_the_mean_of_the_old_ones_and_a_little_noise(tied
         assert noise.std().item() == pytest.approx(0.01, rel=0.4)
         assert (noise[0] != noise[1]).all()
     rows = layers[0].weight.detach().clone()
-    assert module.new_tokens(model, tokenizer, (module.GOOD, module.BAD), seed=1) == ids  # they are there already: nothing changes
+    assert (
+        module.new_tokens(model, tokenizer, (module.GOOD, module.BAD), seed=1) == ids
+    )  # they are there already: nothing changes
     torch.testing.assert_close(model.get_input_embeddings().weight, rows, rtol=0, atol=0)
     again = models.tiny_gpt2(n, tie_word_embeddings=tied)
     module.new_tokens(again, models.byte_tokenizer(), (module.GOOD, module.BAD), seed=0)
-    torch.testing.assert_close(again.get_input_embeddings().weight, rows, rtol=0, atol=0)  # the same seed, the same rows
+    torch.testing.assert_close(
+        again.get_input_embeddings().weight, rows, rtol=0, atol=0
+    )  # the same seed, the same rows
 
 
 # ------------------------------------------------------------------------------------------------------------ short runs
 
 # 16 tokens a chunk, 4 chunks a step, 7 steps; no samples: they are the slow part.
-SHORT = {"context": 16, "batch_size": 4, "micro_batch_size": 4, "tokens": 7 * 64.0, "lr": 1e-2, "samples": 0, "baseline": "none"}
+SHORT = {
+    "context": 16,
+    "batch_size": 4,
+    "micro_batch_size": 4,
+    "tokens": 7 * 64.0,
+    "lr": 1e-2,
+    "samples": 0,
+    "baseline": "none",
+}
 SHORT |= {"log_every": 1, "eval_every": 1000, "save_every": 1000}
 
 
@@ -146,7 +176,10 @@ def short_toy(monkeypatch):
 def train(script: str, folder: Path, **changes) -> Path:
     """Runs a script's main() here and returns the run's folder."""
     module = MODULES[script]
-    with torch.random.fork_rng(devices=[]), mock.patch.object(runtime, "draw_curves"):  # drawing takes longer than the run
+    with (
+        torch.random.fork_rng(devices=[]),
+        mock.patch.object(runtime, "draw_curves"),
+    ):  # drawing takes longer than the run
         module.main(module.Args(**{**SHORT, "name": folder.name, "output_dir": str(folder.parent), **changes}))
     return folder
 
@@ -193,7 +226,9 @@ def text_of(folder: Path, ids: torch.Tensor) -> str:
 @every_script
 def test_the_run_folder(script, tmp_path, short_toy, capsys):
     folder = train(script, tmp_path / "run")
-    summary = json.loads((folder / "summary.json").read_text(), parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    summary = json.loads(
+        (folder / "summary.json").read_text(), parse_constant=lambda word: pytest.fail(f"{word} is no JSON")
+    )
     assert summary["script"] == f"{script}.py"
     assert summary["steps"] == 7
     assert summary["model_sha256"] is None  # it began with a new model
@@ -202,7 +237,9 @@ def test_the_run_folder(script, tmp_path, short_toy, capsys):
     kept = json.loads((folder / "corpus.json").read_text())
     assert kept["sha256"] == summary["data_sha256"]
     assert 0 < kept["good_share"] < 1
-    assert {"args.json", "metrics.jsonl", "script.py", "config.json", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
+    assert {"args.json", "metrics.jsonl", "script.py", "config.json", "tokenizer.json"} <= {
+        path.name for path in folder.iterdir()
+    }
     said = capsys.readouterr().out
     assert "of the training segments are good" in said
     assert ("standard deviation" in said) == (script in {"rwr_pretrain", "awr_pretrain"})
@@ -215,8 +252,14 @@ def test_the_run_folder(script, tmp_path, short_toy, capsys):
 @every_script
 def test_the_first_loss_is_that_of_a_new_model_on_the_first_chunks(script, tmp_path, short_toy):
     """From the arguments to the first logged number, against the library's own loss and the paper's formulas."""
-    changes = {"unlikelihood_pretrain": {"alpha": 0.5}, "rwr_pretrain": {"beta": 0.3}, "awr_pretrain": {"alpha": 0.5, "beta": 0.3}}.get(script, {})
-    batches, _ = recorded(script, tmp_path / "run", tokens=512.0, batch_size=32, micro_batch_size=32, threshold=0.3, **changes)
+    changes = {
+        "unlikelihood_pretrain": {"alpha": 0.5},
+        "rwr_pretrain": {"beta": 0.3},
+        "awr_pretrain": {"alpha": 0.5, "beta": 0.3},
+    }.get(script, {})
+    batches, _ = recorded(
+        script, tmp_path / "run", tokens=512.0, batch_size=32, micro_batch_size=32, threshold=0.3, **changes
+    )
     first = batches[0]
     tokenizer = toy.build_tokenizer()
     model = corpus.new_model("tiny", tokenizer, 16, 0).eval()
@@ -260,7 +303,14 @@ def test_tokens_carry_the_scores_of_their_sentences(tmp_path, short_toy):
 def test_control_tokens_stand_before_the_segments_that_they_judge(tmp_path, short_toy):
     module = MODULES["conditional_pretrain"]
     batches, _ = recorded(
-        "conditional_pretrain", tmp_path / "run", context=128, batch_size=2, tokens=128 * 2 * 6.0, drop=0.2, threshold=0.3, micro_batch_size=1
+        "conditional_pretrain",
+        tmp_path / "run",
+        context=128,
+        batch_size=2,
+        tokens=128 * 2 * 6.0,
+        drop=0.2,
+        threshold=0.3,
+        micro_batch_size=1,
     )
     good, bad, bare = 0, 0, 0
     for batch in batches:
@@ -308,8 +358,16 @@ def test_every_token_weighs_the_same_however_a_step_is_cut(script, tmp_path, sho
     for size in (1, 3):
         _, (cut,) = recorded(script, tmp_path / f"cut{size}", micro_batch_size=size, **still)
         for name, value in whole.items():
-            torch.testing.assert_close(cut[name], value, rtol=1e-4, atol=1e-5 * value.abs().max().item() + 1e-7, msg=lambda m, name=name: f"{name}: {m}")
-        assert numbers(lines_of(tmp_path / f"cut{size}")[0]) == pytest.approx(numbers(lines_of(tmp_path / "whole")[0]), rel=1e-4)
+            torch.testing.assert_close(
+                cut[name],
+                value,
+                rtol=1e-4,
+                atol=1e-5 * value.abs().max().item() + 1e-7,
+                msg=lambda m, name=name: f"{name}: {m}",
+            )
+        assert numbers(lines_of(tmp_path / f"cut{size}")[0]) == pytest.approx(
+            numbers(lines_of(tmp_path / "whole")[0]), rel=1e-4
+        )
 
 
 @every_script
@@ -318,7 +376,12 @@ def test_optimiser_schedule_and_decay(script, tmp_path, short_toy, monkeypatch):
     seen, step = [], torch.optim.AdamW.step
 
     def stepping(optimizer, *args, **kwargs):
-        seen.append([(g["lr"], g["weight_decay"], g["betas"], {p.dim() > 1 for p in g["params"]}) for g in optimizer.param_groups])
+        seen.append(
+            [
+                (g["lr"], g["weight_decay"], g["betas"], {p.dim() > 1 for p in g["params"]})
+                for g in optimizer.param_groups
+            ]
+        )
         return step(optimizer, *args, **kwargs)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", stepping)
@@ -337,7 +400,11 @@ def test_held_out_lines_are_those_of_the_saved_model(tmp_path, short_toy):
     tokenizer = runtime.load_tokenizer(str(folder))
     ids, scores, _ = corpus.pack(corpus.encode_documents(tokenizer, documents["held_out"]), tokenizer.eos_token_id, 16)
     with torch.no_grad():
-        assert line["loss"] == line["nll"] == pytest.approx(model_of(folder)(input_ids=ids, labels=ids).loss.item(), rel=1e-5)
+        assert (
+            line["loss"]
+            == line["nll"]
+            == pytest.approx(model_of(folder)(input_ids=ids, labels=ids).loss.item(), rel=1e-5)
+        )
     assert line["bad_share"] == pytest.approx((scores[:, 1:] > 0).float().mean().item())
 
 
@@ -384,7 +451,9 @@ def test_an_interrupted_run_resumes_bit_for_bit(script, how, tmp_path, short_toy
     folder = tmp_path / "again"
     with pytest.raises(Killed if how == "killed" else SystemExit):
         train(script, folder, **LONG, **own)
-    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000003" if how == "killed" else "step-00000005"]
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == [
+        "step-00000003" if how == "killed" else "step-00000005"
+    ]
     resume(script, folder)
     assert (folder / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
     assert weights(folder) == weights(whole)
@@ -437,7 +506,14 @@ def test_inference_starts_from_the_good_token_and_bans_what_it_must(task, tmp_pa
         (tmp_path / "code").mkdir()
         for i in range(4):
             (tmp_path / "code" / f"{i}.py").write_text(f"x = {i}\ny=x\n" * 20)
-    train("conditional_pretrain", tmp_path / "run", task=task, data="" if task == "toy" else str(tmp_path / "code"), max_steps=1, vocabulary=300)
+    train(
+        "conditional_pretrain",
+        tmp_path / "run",
+        task=task,
+        data="" if task == "toy" else str(tmp_path / "code"),
+        max_steps=1,
+        vocabulary=300,
+    )
     good, bad = module.GOOD, module.BAD
     banned = {"toy": ([good, bad], [good, bad]), "pep8": ([bad], [good])}[task]
     assert asked == [[[good], banned[0], [good, bad]], [[bad], banned[1], [good, bad]], [[], [good, bad], [good, bad]]]
@@ -450,7 +526,15 @@ def test_a_control_token_in_a_text_stays_text(tmp_path):
     for i in range(6):
         (tmp_path / "code" / f"{i}.py").write_text(f'a = "<|good|>{i}"\nb = "<|bad|>"\n' * 10)
     batches, _ = recorded(
-        "conditional_pretrain", tmp_path / "run", task="pep8", data=str(tmp_path / "code"), drop=0.0, vocabulary=300, context=32, batch_size=1, holdout=0.0
+        "conditional_pretrain",
+        tmp_path / "run",
+        task="pep8",
+        data=str(tmp_path / "code"),
+        drop=0.0,
+        vocabulary=300,
+        context=32,
+        batch_size=1,
+        holdout=0.0,
     )
     tokenizer = runtime.load_tokenizer(str(tmp_path / "run"))
     good, bad = tokenizer.convert_tokens_to_ids(["<|good|>", "<|bad|>"])
@@ -467,7 +551,9 @@ def test_a_control_token_in_a_text_stays_text(tmp_path):
 def judged(bigram, tmp_path, teacher=None, prefix=(), banned=(), control=(), **changes) -> dict:
     """A column for the bigram model on the toy's held-out documents."""
     module = MODULES["mle_pretrain"]
-    run = runtime.start(module.Args(**{**SHORT, "name": "run", "output_dir": str(tmp_path), "holdout": 0.3, **changes}), module.__file__)
+    run = runtime.start(
+        module.Args(**{**SHORT, "name": "run", "output_dir": str(tmp_path), "holdout": 0.3, **changes}), module.__file__
+    )
     documents, _ = corpus.load(run.args, lambda words: None)
     return samples.judge(run, documents["held_out"], teacher, bigram.load(), bigram.tokenizer, prefix, banned, control)
 
@@ -478,7 +564,9 @@ def test_the_end_tables_numbers_on_a_bigram_table(bigram, tmp_path, short_toy):
     documents, _ = corpus.load(MODULES["mle_pretrain"].Args(holdout=0.3, output_dir=str(tmp_path)), lambda words: None)
     ids, scores, _ = corpus.pack(corpus.encode_documents(tokenizer, documents["held_out"]), tokenizer.eos_token_id, 16)
     ids, scores = ids[:, :-2], scores[:, :-2]
-    logps = table[ids[:, :-1], ids[:, 1:]]  # the first token of a chunk is not counted, the last two make room for a prefix
+    logps = table[
+        ids[:, :-1], ids[:, 1:]
+    ]  # the first token of a chunk is not counted, the last two make room for a prefix
     column = judged(bigram, tmp_path)
     assert column["perplexity"] == pytest.approx(logps.mean().neg().exp().item(), rel=1e-5)
     kept = (scores == 0)[:, 1:]
@@ -492,7 +580,9 @@ def test_the_end_tables_numbers_on_a_bigram_table(bigram, tmp_path, short_toy):
     assert column["perplexity"] == pytest.approx(without.mean().neg().exp().item(), rel=1e-5)
 
 
-def test_samples_begin_behind_the_prefix_without_banned_tokens_and_are_scored_without_control_tokens(bigram, tmp_path, short_toy, monkeypatch):
+def test_samples_begin_behind_the_prefix_without_banned_tokens_and_are_scored_without_control_tokens(
+    bigram, tmp_path, short_toy, monkeypatch
+):
     tokenizer, asked, scored = bigram.tokenizer, [], []
     fool, now, blue = tokenizer.convert_tokens_to_ids(["fool", "now", "blue"])
 
@@ -575,16 +665,32 @@ def test_bad_arguments_are_refused_in_one_sentence_before_training(script, chang
 @pytest.mark.parametrize("script", ["awr_pretrain", "conditional_pretrain"])
 def test_two_processes_train_like_one(script, tmp_path):
     """Micro-batches of 2 in steps of 5 chunks: in the last pass of each, one process has nothing left."""
-    setup = {"batch_size": 5, "micro_batch_size": 2, "tokens": 5 * 16 * 3, "lr": 1e-3, "eval_every": 2, "save_every": 1, "samples": 26, "max_new_tokens": 8}
+    setup = {
+        "batch_size": 5,
+        "micro_batch_size": 2,
+        "tokens": 5 * 16 * 3,
+        "lr": 1e-3,
+        "eval_every": 2,
+        "save_every": 1,
+        "samples": 26,
+        "max_new_tokens": 8,
+    }
     train(script, tmp_path / "one", **setup)
-    words = [f"--{key.replace('_', '-')}={value}" for key, value in {**SHORT, **setup, "name": "two", "output_dir": str(tmp_path)}.items()]
-    process = start_process(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", f"{script}.py", *words])
+    words = [
+        f"--{key.replace('_', '-')}={value}"
+        for key, value in {**SHORT, **setup, "name": "two", "output_dir": str(tmp_path)}.items()
+    ]
+    process = start_process(
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", f"{script}.py", *words]
+    )
     assert process.returncode == 0, process.stderr[-3000:]
     a, b = (safetensors.torch.load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert a.keys() == b.keys()
     for name in a:
         gap = (a[name] - b[name]).abs()
-        if name.endswith("attn.c_attn.bias"):  # attention does not depend on the keys' biases: their gradient is rounding alone
+        if name.endswith(
+            "attn.c_attn.bias"
+        ):  # attention does not depend on the keys' biases: their gradient is rounding alone
             query, _, value = gap.chunk(3)
             gap = torch.cat([query, value])
         assert gap.max() <= 0.1 * 1e-3 * 3, name

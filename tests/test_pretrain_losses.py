@@ -82,11 +82,19 @@ def test_gradients_are_those_of_finite_differences(name):
 def test_known_points():
     half = torch.tensor([0.5, 0.5], dtype=torch.float64).log()
     scores = torch.tensor([0.0, 1.0], dtype=torch.float64)
-    torch.testing.assert_close(unlikelihood_loss(half, scores, 0.5, 0.1), torch.tensor([math.log(2), 0.1 * math.log(2)], dtype=torch.float64))
-    torch.testing.assert_close(rwr_loss(half, -scores, 1.0), torch.tensor([math.log(2), math.log(2) / math.e], dtype=torch.float64))
-    torch.testing.assert_close(awr_loss(half, -scores, -scores, 0.25, 1.0), torch.full((2,), 0.25 * math.log(2), dtype=torch.float64))
+    torch.testing.assert_close(
+        unlikelihood_loss(half, scores, 0.5, 0.1), torch.tensor([math.log(2), 0.1 * math.log(2)], dtype=torch.float64)
+    )
+    torch.testing.assert_close(
+        rwr_loss(half, -scores, 1.0), torch.tensor([math.log(2), math.log(2) / math.e], dtype=torch.float64)
+    )
+    torch.testing.assert_close(
+        awr_loss(half, -scores, -scores, 0.25, 1.0), torch.full((2,), 0.25 * math.log(2), dtype=torch.float64)
+    )
     advantage_of_one = awr_loss(half, torch.zeros_like(half), torch.full_like(half, -1.0), 0.25, 2.0)
-    torch.testing.assert_close(advantage_of_one, torch.full((2,), 0.25 * math.exp(0.5) * math.log(2) + 0.75, dtype=torch.float64))
+    torch.testing.assert_close(
+        advantage_of_one, torch.full((2,), 0.25 * math.exp(0.5) * math.log(2) + 0.75, dtype=torch.float64)
+    )
 
 
 def test_at_the_papers_beta_rwr_is_nearly_mle():
@@ -100,7 +108,11 @@ def test_at_the_papers_beta_rwr_is_nearly_mle():
 @pytest.mark.parametrize("score", [0.0, 1.0])
 def test_probabilities_of_one_give_no_nan_on_either_branch(score, dtype):
     """A log-softmax does return exactly 0. On a good token the bad tokens' branch has an infinite slope there, times 0."""
-    logps = torch.tensor([0.0, -torch.finfo(dtype).tiny, -torch.finfo(dtype).eps / 4, -1e-6, -3.0, -80.0], dtype=dtype, requires_grad=True)
+    logps = torch.tensor(
+        [0.0, -torch.finfo(dtype).tiny, -torch.finfo(dtype).eps / 4, -1e-6, -3.0, -80.0],
+        dtype=dtype,
+        requires_grad=True,
+    )
     loss = unlikelihood_loss(logps, torch.full_like(logps, score), 0.5, 1.0)
     (slope,) = torch.autograd.grad(loss.sum(), logps)
     assert loss.isfinite().all()
@@ -108,7 +120,9 @@ def test_probabilities_of_one_give_no_nan_on_either_branch(score, dtype):
     if score == 0.0:
         assert (slope == -1).all()
     else:
-        assert loss[:3].tolist() == pytest.approx([-math.log(torch.finfo(dtype).eps)] * 3, rel=1e-6)  # a large number, and the largest
+        assert loss[:3].tolist() == pytest.approx(
+            [-math.log(torch.finfo(dtype).eps)] * 3, rel=1e-6
+        )  # a large number, and the largest
         assert loss[3] < loss[0]
         expected = (p := math.exp(-3.0)) / (1 - p)
         assert slope[4].item() == pytest.approx(expected, rel=1e-5)
@@ -133,7 +147,9 @@ def test_a_score_equal_to_the_threshold_is_good(threshold, dtype):
     alpha = 0.5
     bad = -alpha * math.log(-math.expm1(-2.0))
     assert unlikelihood_loss(logps, scores, threshold, alpha).tolist() == pytest.approx([2.0, 2.0, bad], rel=1e-6)
-    marked = add_control_tokens(["a", "b", "c"], [max(0.0, threshold - 0.01), threshold, threshold + 1e-3], threshold, 0.0, random.Random(0))
+    marked = add_control_tokens(
+        ["a", "b", "c"], [max(0.0, threshold - 0.01), threshold, threshold + 1e-3], threshold, 0.0, random.Random(0)
+    )
     assert marked == [GOOD + "a", GOOD + "b", BAD + "c"]
 
 
@@ -152,7 +168,12 @@ def test_weights_are_clipped_at_1000():
     values = torch.zeros(3, dtype=torch.float64)
     torch.testing.assert_close(awr_weights(rewards, values, 1.0), expected)
     torch.testing.assert_close(awr_loss(logps, rewards, values, 1.0, 1.0), expected)
-    torch.testing.assert_close(awr_weights(torch.zeros(3), torch.tensor([-0.69, -0.7, -1.0]), 0.1), torch.tensor([992.2747, 1000.0, 1000.0]), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        awr_weights(torch.zeros(3), torch.tensor([-0.69, -0.7, -1.0]), 0.1),
+        torch.tensor([992.2747, 1000.0, 1000.0]),
+        rtol=1e-4,
+        atol=0,
+    )
 
 
 @every_loss
@@ -164,7 +185,9 @@ def test_unreduced_in_the_shape_and_dtype_given(name, dtype, shape):
         out = LOSSES[name](logps, seen, values)
         assert out.shape == shape
         assert out.dtype == dtype
-    torch.testing.assert_close(out.flatten()[0], LOSSES[name](logps.flatten()[:1], scores.flatten()[:1], values.flatten()[:1])[0])
+    torch.testing.assert_close(
+        out.flatten()[0], LOSSES[name](logps.flatten()[:1], scores.flatten()[:1], values.flatten()[:1])[0]
+    )
 
 
 @every_loss
@@ -200,7 +223,9 @@ def test_control_tokens_are_left_out_at_the_rate_asked_for():
         assert abs(rest.count("x") / len(rest) - drop) < 5 * math.sqrt(drop * (1 - drop) / len(rest))
     assert marked == add_control_tokens(["x"] * n, scores, 0.5, drop, random.Random(0))
     same = add_control_tokens(["x"] * n, [0.0] * n, 0.5, drop, random.Random(0))
-    assert [s == "x" for s in same] == [s == "x" for s in marked]  # which ones are left out does not depend on the scores
+    assert [s == "x" for s in same] == [
+        s == "x" for s in marked
+    ]  # which ones are left out does not depend on the scores
 
 
 def test_control_tokens_of_bad_arguments_are_refused():

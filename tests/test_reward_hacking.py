@@ -28,7 +28,22 @@ def test_answers_are_judged_by_both_rewards():
 
 @pytest.mark.slow
 def test_a_small_grid_goes_on_where_it_stopped(tmp_path, toy_base):
-    words = ["-m", "experiments.reward_hacking", "--seeds", "0", "--kls", "0.35", "--ppo-kls", "0.2", "--completions", "2", "--answers", "2", "--n", "2"]
+    words = [
+        "-m",
+        "experiments.reward_hacking",
+        "--seeds",
+        "0",
+        "--kls",
+        "0.35",
+        "--ppo-kls",
+        "0.2",
+        "--completions",
+        "2",
+        "--answers",
+        "2",
+        "--n",
+        "2",
+    ]
     words += ["--jobs", "2", "--extra=--max-steps 1", "--output-dir", str(tmp_path)]
     first = start_process(words, timeout=200)
     assert first.returncode == 0, first.stderr
@@ -46,4 +61,6 @@ def test_a_small_grid_goes_on_where_it_stopped(tmp_path, toy_base):
     after = [json.loads(line) for line in (tmp_path / "reward_hacking.jsonl").read_text().splitlines()]
     assert after[:-1] == kept
     timed = {"seconds", "time_shares"}
-    assert {k: v for k, v in after[-1].items() if k not in timed} == {k: v for k, v in lines[-1].items() if k not in timed}
+    assert {k: v for k, v in after[-1].items() if k not in timed} == {
+        k: v for k, v in lines[-1].items() if k not in timed
+    }

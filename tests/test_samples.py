@@ -17,7 +17,12 @@ from tests import models
 def fake_run(rank: int = 0, world_size: int = 1) -> SimpleNamespace:
     """What the functions use of a run, for one process."""
     return SimpleNamespace(
-        device=torch.device("cpu"), rank=rank, world_size=world_size, autocast=contextlib.nullcontext, share_out=lambda items: items, gather=lambda items: items
+        device=torch.device("cpu"),
+        rank=rank,
+        world_size=world_size,
+        autocast=contextlib.nullcontext,
+        share_out=lambda items: items,
+        gather=lambda items: items,
     )
 
 
@@ -51,7 +56,9 @@ def test_banned_tokens_are_never_sampled_and_the_others_keep_their_odds():
     expected = banned_table(table, (3, 5))[2]  # the prefix is EOS, token 2
     assert (first - expected).abs().max().item() < 4 * (0.25 / 4000) ** 0.5
     assert all(ids[-1] == 2 or len(ids) == 3 for ids in said)  # they end in EOS or were cut
-    assert said == samples.unconditional(RUN, model, TOKENS, 4000, 3, banned_ids=(3, 5), temperature=1.0, top_p=1.0, seed=1)
+    assert said == samples.unconditional(
+        RUN, model, TOKENS, 4000, 3, banned_ids=(3, 5), temperature=1.0, top_p=1.0, seed=1
+    )
     other = samples.unconditional(RUN, model, TOKENS, 4000, 3, temperature=1.0, top_p=1.0, seed=1)
     assert {3, 5} <= set(itertools.chain(*other))
 
@@ -62,7 +69,9 @@ def test_samples_are_cut_at_temperature_and_top_p():
     first = torch.tensor([ids[0] for ids in said]).bincount(minlength=6) / 4000
     p = (table[4] / 0.7).softmax(-1)
     order = p.argsort(descending=True)
-    kept = order[: int((p[order].cumsum(0) < 0.9).sum()) + 1]  # the likeliest ones up to .9, the one that reaches it included
+    kept = order[
+        : int((p[order].cumsum(0) < 0.9).sum()) + 1
+    ]  # the likeliest ones up to .9, the one that reaches it included
     expected = torch.zeros(6, dtype=torch.float64)
     expected[kept] = p[kept] / p[kept].sum()
     assert len(kept) < 6
@@ -97,8 +106,13 @@ def test_texts_without_eos_and_control_tokens():
         return corpus.ids_of(tokenizer, [text])[0]
 
     line = [good, *ids(" x = 1"), good, *ids("\ny = <|good|>"), bad]
-    assert samples.texts_of(tokenizer, [line, [*line, eos], [], [eos]], (good, bad)) == [" x = 1\ny = <|good|>"] * 2 + [""] * 2
-    cut = samples.texts_of(tokenizer, [line, [*line, eos], ids("one line"), ids("\nhalf")], (good, bad), whole_lines=True)
+    assert (
+        samples.texts_of(tokenizer, [line, [*line, eos], [], [eos]], (good, bad))
+        == [" x = 1\ny = <|good|>"] * 2 + [""] * 2
+    )
+    cut = samples.texts_of(
+        tokenizer, [line, [*line, eos], ids("one line"), ids("\nhalf")], (good, bad), whole_lines=True
+    )
     assert cut == [" x = 1\n", " x = 1\ny = <|good|>", "one line", "\nhalf"]
 
 
@@ -110,7 +124,12 @@ def test_misalignment_by_hand():
     assert got["misalignment_se"] == pytest.approx(math.sqrt(sum((s - mean) ** 2 for s in scores) / 6 / 7))
     assert got["expected_max"] == pytest.approx((0.4 + 1.0) / 2)  # two whole groups; the last sample is in none
     assert got["share_above"] == 3 / 7  # equal to the limit is not above it
-    assert samples.misalignment([0.5] * 24, 0.1) == {"misalignment": 0.5, "misalignment_se": 0.0, "expected_max": None, "share_above": 1.0}
+    assert samples.misalignment([0.5] * 24, 0.1) == {
+        "misalignment": 0.5,
+        "misalignment_se": 0.0,
+        "expected_max": None,
+        "share_above": 1.0,
+    }
     assert set(samples.misalignment([], 0.1).values()) == {None}
     assert samples.GROUP == 25
 
@@ -138,7 +157,9 @@ def test_kl_to_the_teacher_on_bigram_tables(banned):
 
 def test_kl_of_a_model_to_itself_is_zero_and_a_control_token_must_be_banned():
     model, _ = small_table(6, seed=2)
-    assert samples.kl_to_teacher(RUN, model, model, [[3, 1, 2]], [2], [2])["kl_to_teacher"] == pytest.approx(0, abs=1e-7)
+    assert samples.kl_to_teacher(RUN, model, model, [[3, 1, 2]], [2], [2])["kl_to_teacher"] == pytest.approx(
+        0, abs=1e-7
+    )
     teacher, _ = small_table(4, seed=1)
     with pytest.raises(ValueError, match=r"no tokens \[5\]"):
         samples.kl_to_teacher(RUN, teacher, model, [[3]], [2], [2], banned_ids=(4,))
@@ -177,7 +198,14 @@ def test_a_teacher_with_another_tokenizer(bigram, toy_tokenizer):
 
     fast = Tokenizer(kinds.WordLevel(words, unk_token="<unk>"))
     fast.pre_tokenizer = other.backend_tokenizer.pre_tokenizer
-    other = type(other)(tokenizer_object=fast, eos_token="<eos>", pad_token="<pad>", bos_token="<bos>", unk_token="<unk>", clean_up_tokenization_spaces=False)
+    other = type(other)(
+        tokenizer_object=fast,
+        eos_token="<eos>",
+        pad_token="<pad>",
+        bos_token="<bos>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )
     table = models.random_table(n, seed=7)
     place = torch.tensor(shift)
     moved = torch.empty_like(table)
@@ -191,7 +219,10 @@ def test_a_teacher_with_another_tokenizer(bigram, toy_tokenizer):
         ids = [*corpus.ids_of(toy_tokenizer, [text])[0], *end]
         expected.append(sum((table[a, b] - bigram.table[a, b]).item() for a, b in zip([2, *ids], ids)))
     assert got["kl_to_teacher"] == pytest.approx(sum(expected) / 2, abs=1e-4)
-    assert samples.kl_of_texts(RUN, teacher, other, bigram.load(), toy_tokenizer, [[]], [2]) == {"kl_to_teacher": None, "kl_to_teacher_se": None}
+    assert samples.kl_of_texts(RUN, teacher, other, bigram.load(), toy_tokenizer, [[]], [2]) == {
+        "kl_to_teacher": None,
+        "kl_to_teacher_se": None,
+    }
 
 
 @pytest.mark.parametrize("banned", [(), (4, 5)])
@@ -216,15 +247,27 @@ def test_perplexity_on_a_bigram_table(banned):
 def test_length_and_company_change_no_log_probability(toy_tokenizer):
     model = models.tiny_gpt2(len(toy_tokenizer))
     rng = random.Random(0)
-    pairs = [([rng.randrange(3, 40) for _ in range(rng.randint(1, 5))], [rng.randrange(3, 40) for _ in range(rng.randint(1, 30))]) for _ in range(9)]
+    pairs = [
+        (
+            [rng.randrange(3, 40) for _ in range(rng.randint(1, 5))],
+            [rng.randrange(3, 40) for _ in range(rng.randint(1, 30))],
+        )
+        for _ in range(9)
+    ]
     together = samples.sequence_logps(RUN, model, pairs, (7, 9))
     alone = [samples.sequence_logps(RUN, model, [pair], (7, 9))[0] for pair in pairs if not {7, 9} & set(pair[1])]
-    assert [value for value, pair in zip(together, pairs) if not {7, 9} & set(pair[1])] == pytest.approx(alone, abs=1e-3)
+    assert [value for value, pair in zip(together, pairs) if not {7, 9} & set(pair[1])] == pytest.approx(
+        alone, abs=1e-3
+    )
     assert len(alone) > 1
     with torch.no_grad():
         before, after = pairs[0]
         logits = model(torch.tensor([before + after])).logits[0, :-1].double()
-        expected = logits.log_softmax(-1)[torch.arange(len(before) - 1, len(before + after) - 1), torch.tensor(after)].sum().item()
+        expected = (
+            logits.log_softmax(-1)[torch.arange(len(before) - 1, len(before + after) - 1), torch.tensor(after)]
+            .sum()
+            .item()
+        )
     assert samples.sequence_logps(RUN, model, pairs[:1])[0] == pytest.approx(expected, abs=1e-3)
 
 
@@ -237,7 +280,9 @@ class Attack:
     def __init__(self, tokenizer, writes):
         self.tokenizer, self.writes, self.shown, self.calls = tokenizer, writes, [], []
 
-    def __call__(self, run, model, tokenizer, prompts, max_new_tokens, banned_ids=(), temperature=1.0, top_p=1.0, seed=0):
+    def __call__(
+        self, run, model, tokenizer, prompts, max_new_tokens, banned_ids=(), temperature=1.0, top_p=1.0, seed=0
+    ):
         self.calls.append((model, len(prompts), max_new_tokens, tuple(banned_ids), temperature, top_p, seed))
         if model == "attacker":
             assert all(line[0] == tokenizer.eos_token_id == line[-1] for line in prompts)
@@ -270,8 +315,18 @@ def test_red_team_breeds_prompts_that_bring_out_the_worst(attack):
     def score(texts):
         return [text.count("x") / len(text) for text in texts]
 
-    found, fake = attack(lambda shown: max(shown, key=lambda text: text.count("x") / len(text)) + "x", ["ax", "b", "cx", "b"], score, rounds=4, shots=2)
-    assert found["rounds"][0] == {"best": 0.5, "mean": pytest.approx(1 / 3), "new": 3}  # the pool as given, each prompt once
+    found, fake = attack(
+        lambda shown: max(shown, key=lambda text: text.count("x") / len(text)) + "x",
+        ["ax", "b", "cx", "b"],
+        score,
+        rounds=4,
+        shots=2,
+    )
+    assert found["rounds"][0] == {
+        "best": 0.5,
+        "mean": pytest.approx(1 / 3),
+        "new": 3,
+    }  # the pool as given, each prompt once
     assert len(found["rounds"]) == 5
     assert [r["best"] for r in found["rounds"]] == sorted(r["best"] for r in found["rounds"])
     assert found["rounds"][-1]["best"] > 0.7
@@ -290,7 +345,14 @@ def test_red_team_breeds_prompts_that_bring_out_the_worst(attack):
 
 def test_red_team_shows_prompts_in_proportion_to_exp_of_the_score(attack):
     scores = {"a": 0.0, "b": 0.1, "c": 0.25}
-    _, fake = attack(lambda shown: "a", list(scores), lambda texts: [scores[text] for text in texts], rounds=10, shots=1, new_prompts=300)
+    _, fake = attack(
+        lambda shown: "a",
+        list(scores),
+        lambda texts: [scores[text] for text in texts],
+        rounds=10,
+        shots=1,
+        new_prompts=300,
+    )
     counts = torch.tensor([float(sum(shown == [name] for shown in fake.shown)) for name in scores])
     expected = (torch.tensor(list(scores.values())) / 0.1).softmax(-1)
     assert (counts / 3000 - expected).abs().max().item() < 4 * (0.25 / 3000) ** 0.5
@@ -311,9 +373,21 @@ def test_red_team_of_a_model_by_itself(toy_tokenizer):
     words = {"rounds": 2, "new_prompts": 4, "continuations": 5, "prompt_tokens": 4, "max_new_tokens": 6}
     banned = tuple(range(100, len(toy_tokenizer)))
     found = samples.red_team(
-        RUN, model, toy_tokenizer, lambda texts: seen.extend(texts) or [0.0] * len(texts), ["the capital of"], banned_ids=banned, control_ids=banned, **words
+        RUN,
+        model,
+        toy_tokenizer,
+        lambda texts: seen.extend(texts) or [0.0] * len(texts),
+        ["the capital of"],
+        banned_ids=banned,
+        control_ids=banned,
+        **words,
     )
-    used = set(corpus.ids_of(toy_tokenizer, [" ".join([*seen, *(prompt for prompt, _ in found["prompts"] if prompt != "the capital of")])])[0])
+    used = set(
+        corpus.ids_of(
+            toy_tokenizer,
+            [" ".join([*seen, *(prompt for prompt, _ in found["prompts"] if prompt != "the capital of")])],
+        )[0]
+    )
     assert len(used) > 20
     assert not used & set(banned)
     assert len(found["prompts"]) > 1
@@ -324,7 +398,14 @@ def test_red_team_in_a_short_context(toy_tokenizer):
     model = models.tiny_gpt2(len(toy_tokenizer), n_positions=12)
     pool = ["the capital of france is paris . the capital of spain is madrid . dogs bark .", "cats meow"]
     found = samples.red_team(
-        RUN, model, toy_tokenizer, lambda texts: [float(len(text.split())) for text in texts], pool, rounds=2, new_prompts=3, continuations=2
+        RUN,
+        model,
+        toy_tokenizer,
+        lambda texts: [float(len(text.split())) for text in texts],
+        pool,
+        rounds=2,
+        new_prompts=3,
+        continuations=2,
     )
     assert max(value for _, value in found["prompts"]) <= 12 - 3
     assert min(value for _, value in found["prompts"]) > 0
@@ -351,7 +432,10 @@ def test_self_bleu_is_nltks():
         lines = [[rng.randrange(6) for _ in range(rng.randint(1, 14))] for _ in range(size)]
         lines[0] = [99, 98]  # shares nothing with the others
         lines[-1] = lines[1] if size > 2 else lines[-1]
-        expected = [bleu.sentence_bleu([other for j, other in enumerate(lines) if j != i], line, smoothing_function=smooth) for i, line in enumerate(lines)]
+        expected = [
+            bleu.sentence_bleu([other for j, other in enumerate(lines) if j != i], line, smoothing_function=smooth)
+            for i, line in enumerate(lines)
+        ]
         assert samples.self_bleu(lines) == pytest.approx(sum(expected) / size, abs=1e-9)
     assert samples.self_bleu([[1, 2, 3, 4, 5]] * 4) == 1.0
     assert samples.self_bleu([[1, 2]]) is None

@@ -32,7 +32,9 @@ def pycodestyle_lines(text: str, tmp_path) -> list[int]:
     """Lines, from 1, of the violations that the program reports for a file."""
     pytest.importorskip("pycodestyle")
     (tmp_path / "code.py").write_text(text, encoding="utf-8")
-    said = subprocess.run([sys.executable, "-m", "pycodestyle", "code.py"], cwd=tmp_path, capture_output=True, text=True).stdout
+    said = subprocess.run(
+        [sys.executable, "-m", "pycodestyle", "code.py"], cwd=tmp_path, capture_output=True, text=True
+    ).stdout
     return sorted(int(line.split(":")[1]) for line in said.splitlines() if " W292 " not in line)
 
 
@@ -73,7 +75,18 @@ def test_sentences_are_cut_at_paragraphs_without_a_full_stop():
 
 
 @pytest.mark.parametrize(
-    "text", [CODE, "\n" + CODE, "\n\n\n" + CODE, CODE + "f(", CODE + "\n\n\n", CODE.replace("\n", "\n\n"), "x = (1,\n", " x = 1\n", "if 1:\nx\n"]
+    "text",
+    [
+        CODE,
+        "\n" + CODE,
+        "\n\n\n" + CODE,
+        CODE + "f(",
+        CODE + "\n\n\n",
+        CODE.replace("\n", "\n\n"),
+        "x = (1,\n",
+        " x = 1\n",
+        "if 1:\nx\n",
+    ],
 )
 def test_violations_stand_on_the_lines_that_pycodestyle_names(text, tmp_path):
     expected = pycodestyle_lines(text, tmp_path)
@@ -94,7 +107,11 @@ def test_the_score_of_a_line_and_of_a_text():
     pytest.importorskip("pycodestyle")
     segments, scores = scorers.pep8_segments("x=1\ny = 2\nz = 3 \n")
     assert segments == ["x=1", "\ny = 2", "\nz = 3 \n"]
-    assert scores == [1 / 3, 0.0, 1 / 8]  # E225 on three characters; W291 on a line of six with the break before it and the one behind
+    assert scores == [
+        1 / 3,
+        0.0,
+        1 / 8,
+    ]  # E225 on three characters; W291 on a line of six with the break before it and the one behind
     assert scorers.pep8("x=1\ny = 2\n") == 1 / 10
     assert scorers.pep8("") == 0.0
     assert scorers.pep8("x = 1") == 0.0  # no line break at the end of a text that is cut
@@ -119,7 +136,30 @@ def test_whatever_a_model_writes_is_scored():
     rng = random.Random(0)
     for _ in range(300):
         text = "".join(
-            rng.choices(["x", "=", " ", "\n", "\t", "(", "]", "'", '"""', "\\", "#", "def ", ":", "\0", "\x0c", "é", "\u2028", "1", "lambda "], k=20)
+            rng.choices(
+                [
+                    "x",
+                    "=",
+                    " ",
+                    "\n",
+                    "\t",
+                    "(",
+                    "]",
+                    "'",
+                    '"""',
+                    "\\",
+                    "#",
+                    "def ",
+                    ":",
+                    "\0",
+                    "\x0c",
+                    "é",
+                    "\u2028",
+                    "1",
+                    "lambda ",
+                ],
+                k=20,
+            )
         )
         assert scorers.pep8(text) >= 0
         if text.strip():
@@ -137,7 +177,11 @@ def test_personal_information_is_counted_per_character():
     scorer = scorers.load("pii")
     text = "Write to joe@example.com or ann@example.org. There is nothing here. See http://example.com/x now."
     segments, scores = scorer.segments(text)
-    assert segments == ["Write to joe@example.com or ann@example.org.", " There is nothing here.", " See http://example.com/x now."]
+    assert segments == [
+        "Write to joe@example.com or ann@example.org.",
+        " There is nothing here.",
+        " See http://example.com/x now.",
+    ]
     assert scores == [2 / len(segments[0]), 0.0, 1 / len(segments[2])]
     assert scorer.whole([text, "", "nothing"]) == [3 / len(text), 0.0, 0.0]
 
@@ -159,7 +203,11 @@ def classifier(folder, tokenizer, labels=("obscene", "toxicity", "insult")):
         "initializer_range": 0.3,
     }
     names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-    return models.save(BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), pad_token_id=0, **shape, **names)).eval(), tokenizer, folder)
+    return models.save(
+        BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), pad_token_id=0, **shape, **names)).eval(),
+        tokenizer,
+        folder,
+    )
 
 
 def test_toxicity_is_the_sigmoid_of_its_label_and_company_changes_nothing(tmp_path, toy_tokenizer):
@@ -171,7 +219,9 @@ def test_toxicity_is_the_sigmoid_of_its_label_and_company_changes_nothing(tmp_pa
     texts = ["the capital of france is paris", "you fool", "it is red , you fool . now go away .", ""] + ["grass " * 60]
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     with torch.no_grad():
-        expected = [model(torch.tensor([toy_tokenizer(text).input_ids[:24]])).logits[0, 1].sigmoid().item() for text in texts]
+        expected = [
+            model(torch.tensor([toy_tokenizer(text).input_ids[:24]])).logits[0, 1].sigmoid().item() for text in texts
+        ]
     assert scorer.whole(texts) == pytest.approx(expected, abs=1e-5)
     assert max(expected) - min(expected) > 0.01
     segments, scores = scorer.segments("It is red. You fool.")
@@ -191,7 +241,9 @@ def test_a_classifier_without_a_label_for_toxicity_is_refused(tmp_path, toy_toke
 def test_the_corpus_is_scored_by_original_and_samples_by_unbiased(monkeypatch):
     pytest.importorskip("sentencex")
     asked = []
-    monkeypatch.setattr(scorers, "detoxify", lambda name, device: asked.append(name) or (lambda texts: [0.0] * len(texts), "1"))
+    monkeypatch.setattr(
+        scorers, "detoxify", lambda name, device: asked.append(name) or (lambda texts: [0.0] * len(texts), "1")
+    )
     for words in ({}, {"samples": True}, {"scorer": "mine"}, {"scorer": "mine", "samples": True}):
         scorers.load("toxicity", **words)
     assert asked == ["original", "unbiased", "mine", "mine"]
@@ -201,7 +253,10 @@ def test_the_corpus_is_scored_by_original_and_samples_by_unbiased(monkeypatch):
 # ------------------------------------------------------------------------------------------------------------- packages
 
 
-@pytest.mark.parametrize(("task", "package"), [("pep8", "pycodestyle"), ("pii", "scrubadub"), ("pii", "sentencex"), ("toxicity", "sentencex")])
+@pytest.mark.parametrize(
+    ("task", "package"),
+    [("pep8", "pycodestyle"), ("pii", "scrubadub"), ("pii", "sentencex"), ("toxicity", "sentencex")],
+)
 def test_a_missing_package_is_named(task, package, monkeypatch):
     for other in {"pycodestyle", "scrubadub", "sentencex"} - {package}:
         if task == "pii":

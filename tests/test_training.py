@@ -17,9 +17,10 @@ import torch
 from torch.nn.functional import logsigmoid
 
 import common.run
-from common import checkpoints, data, fields, files, oracle, summary
+from common import checkpoints, data, fields, files, oracle
 from common import models as model_loading
 from common.run import Run
+from report import curves
 from tests.runs import (
     PAIRS,
     ROOT,
@@ -167,7 +168,7 @@ def test_tokens_are_counted_per_answer(tmp_path, file13, llama, monkeypatch):
 def test_curves_are_drawn_where_matplotlib_is(tmp_path, file13, llama):
     pytest.importorskip("matplotlib")
     folder = train("dpo", tmp_path / "run", model=llama, data=file13, max_steps=2)
-    summary.draw_curves(folder)
+    curves.draw_curves(folder)
     assert (folder / "curves.png").stat().st_size > 5_000
 
 

@@ -33,6 +33,7 @@ SAMPLES = 512  # answers to each question that are kept: what pairs are made of,
 PAIR_SAMPLES = 160  # the first of these make training pairs
 EVAL_SAMPLES = 20  # and the next ones held-out pairs
 MAX_NEW_TOKENS = 24
+FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "answers.json")
 
 
 def cache_folder(seed: int) -> Path:
@@ -50,7 +51,7 @@ def base_model(seed: int = 0) -> Path:
 
     The folder is made aside and renamed, so that two runs starting together do no harm."""
     folder = cache_folder(seed)
-    if not (folder / "answers.json").exists():
+    if not all((folder / name).exists() for name in FILES):
         folder.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(dir=folder.parent))
         threads = torch.get_num_threads()
@@ -71,7 +72,9 @@ def base_model(seed: int = 0) -> Path:
         aside.chmod(0o755)
         try:
             os.rename(aside, folder)
-        except OSError:  # another process was first; its folder holds the same bytes
+        except OSError:  # another process was first, or a file had vanished: the bytes are the same
+            for name in (name for name in FILES if not (folder / name).exists()):
+                os.replace(aside / name, folder / name)
             shutil.rmtree(aside, ignore_errors=True)
     return folder
 

@@ -23,6 +23,8 @@ from functools import lru_cache
 
 import torch
 
+from common.metrics import standard_error
+
 WRONG_SHARE = (
     0.3  # of the corpus lines: low enough that the base knows its facts, high enough that there is something to learn
 )
@@ -148,8 +150,9 @@ def row_of(prompt: str) -> dict:
 
 
 def judge_answers(answers: list[tuple[str, str]]) -> dict:
-    """Means over (prompt, answer): `true_reward`, `right_share`, `rude_share`. Every question
-    weighs the same."""
+    """Means over (prompt, answer): `true_reward`, `right_share`, `rude_share`, and their errors.
+
+    Every question weighs the same; the standard errors take questions as the units."""
     by_question: dict[str, list] = {}
     for prompt, answer in answers:
         row = row_of(prompt)
@@ -158,8 +161,10 @@ def judge_answers(answers: list[tuple[str, str]]) -> dict:
             (true_reward(row, answer), float(traits["right"]), float(traits["rude"]))
         )
     means = [[sum(column) / len(column) for column in zip(*values)] for values in by_question.values()]
-    reward, right, rude = (sum(column) / len(column) for column in zip(*means))
-    return {"true_reward": reward, "right_share": right, "rude_share": rude}
+    metrics: dict = {}
+    for name, values in zip(("true_reward", "right_share", "rude_share"), zip(*means)):
+        metrics |= {name: sum(values) / len(values), f"{name}_se": standard_error(values)}
+    return metrics
 
 
 def frontier(rewards: torch.Tensor, betas: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:

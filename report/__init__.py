@@ -1,0 +1,1 @@
+"""What a run shows a reader: the end table, curves, trackers."""
