@@ -97,6 +97,10 @@ def test_means_weigh_every_question_the_same():
         "true_reward": pytest.approx((-0.5 + 1.0) / 2),
         "right_share": pytest.approx(0.75),
         "rude_share": pytest.approx(0.25),
+        # Two questions: half of the distance between their means.
+        "true_reward_se": pytest.approx(0.75),
+        "right_share_se": pytest.approx(0.25),
+        "rude_share_se": pytest.approx(0.25),
     }
 
 
