@@ -142,13 +142,13 @@ with torch.no_grad():
 chosen, rejected = torch.stack(logps).view(2, 2)
 itself = torch.stack(logps).view(2, 2), torch.cat(logits)
 elsewhere = torch.tensor([[-4.0, -7.0], [-5.0, -3.0]]), torch.zeros(len(itself[1]), 20)
-found = {"start": loss(by_line(), *itself), "start, shared": loss(shared(), *itself)}
-found["plain"] = -(chosen - rejected).sigmoid().log().sum().item()  # without a reference: -log p(chosen over rejected)
+losses = {"start": loss(by_line(), *itself), "start, shared": loss(shared(), *itself)}
+losses["plain"] = -(chosen - rejected).sigmoid().log().sum().item()  # without a reference: -log p(chosen over rejected)
 if head:
     with torch.no_grad():
         model.score.weight.normal_()
-found |= {"moved": loss(by_line(), *elsewhere), "moved, shared": loss(shared(), *elsewhere)}
-print(json.dumps(found))
+losses |= {"moved": loss(by_line(), *elsewhere), "moved, shared": loss(shared(), *elsewhere)}
+print(json.dumps(losses))
 '''
 
 
@@ -265,13 +265,13 @@ ids = torch.randint(20, (2, 6))
 scores = torch.tensor([[0.9, 0.0, 0.0, 0.75, 0.75, 0.75], [0.0, 0.5, 0.5, 0.0, 1.0, 1.0]])
 with torch.no_grad():
     logps = model(ids).logits.log_softmax(-1)
-found = [(logps[row, t, ids[row, t + 1]].item(), scores[row, t + 1].item()) for row in range(2) for t in range(5)]
+targets = [(logps[row, t, ids[row, t + 1]].item(), scores[row, t + 1].item()) for row in range(2) for t in range(5)]
 value, metrics = compute_loss(model, {"input_ids": ids, "scores": scores}, threshold=0.25)
 value.backward()
 gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 assert torch.stack([g.norm() for g in gradients]).norm() > 0 and all(g.isfinite().all() for g in gradients)
 assert abs(metrics["loss"].item() - value.item()) < 1e-6
-print(json.dumps([value.item(), metrics["nll"].item(), metrics["bad_share"].item(), found]))
+print(json.dumps([value.item(), metrics["nll"].item(), metrics["bad_share"].item(), targets]))
 """
 
 
@@ -296,12 +296,12 @@ def test_imports_with_all_else_blocked(alone, script):
 def test_the_loss_runs_on_a_batch_made_by_hand(alone, script):
     done = alone(script, "-c", BEGIN + SETUP + PROGRAM, script)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    expected = found["plain"] if START[script] is None else START[script]
-    assert found["start"] == pytest.approx(expected, abs=2e-5)
-    assert found["start, shared"] == pytest.approx(expected, abs=2e-5)
-    assert found["moved"] != pytest.approx(expected, abs=1e-2)
-    assert found["moved, shared"] == pytest.approx(found["moved"], abs=1e-4)
+    losses = json.loads(done.stdout)
+    expected = losses["plain"] if START[script] is None else START[script]
+    assert losses["start"] == pytest.approx(expected, abs=2e-5)
+    assert losses["start, shared"] == pytest.approx(expected, abs=2e-5)
+    assert losses["moved"] != pytest.approx(expected, abs=1e-2)
+    assert losses["moved, shared"] == pytest.approx(losses["moved"], abs=1e-4)
 
 
 @pytest.mark.parametrize("script", sorted(ONE_ANSWER))
@@ -317,10 +317,10 @@ def test_the_loss_runs_on_chunks_made_by_hand(alone, script):
     """A target carries its own score, not that of the position that predicts it."""
     done = alone(script, "-c", BEGIN + SETUP + CORPUS_PROGRAM, script)
     assert done.returncode == 0, done.stderr
-    loss, nll, bad, found = json.loads(done.stdout)
+    loss, nll, bad, targets = json.loads(done.stdout)
     args = importlib.import_module(script).Args()
-    assert loss == pytest.approx(sum(CORPUS[script](args, logp, score) for logp, score in found), abs=1e-4)
-    assert nll == pytest.approx(-sum(logp for logp, _ in found), abs=1e-4)
+    assert loss == pytest.approx(sum(CORPUS[script](args, logp, score) for logp, score in targets), abs=1e-4)
+    assert nll == pytest.approx(-sum(logp for logp, _ in targets), abs=1e-4)
     assert bad == 7
 
 

@@ -57,11 +57,11 @@ def batch_with_samples(model, anchor, tokenizer, samples: int):
         ("what colour has snow ?", " it is white .", " it is red ."),
     ]
     rows = data.encode_rows(tokenizer, pairs, 64)
-    drawn = [
+    completions = [
         [tokenizer(text).input_ids[1:] + [tokenizer.eos_token_id] for text in texts[:samples]]
         for texts in (["it is", "open ."], ["snow it is .", "red"])
     ]
-    answers = [{"prompt": row["prompt"], "completions": d} for row, d in zip(rows, drawn)]
+    answers = [{"prompt": row["prompt"], "completions": d} for row, d in zip(rows, completions)]
     batch, sample = (batches.collate(x, tokenizer.pad_token_id, "shared", "cpu") for x in (rows, answers))
     with torch.no_grad():
         sample["ref_logits"] = typo.completion_logits(anchor, sample)
@@ -149,11 +149,11 @@ def test_samples_come_from_the_reference_at_temperature_one(toy_base):
         for row in world.questions()
         for _ in range(6)
     ]
-    drawn = evaluate.sample_rows(model, tokenizer, rows, 2, 24, seed=0, autocast=None)
+    samples = evaluate.sample_rows(model, tokenizer, rows, 2, 24, seed=0, autocast=None)
     asked = [row for row in world.questions() for _ in range(6)]
     right = [
         world.judge(q, generate.decode_completion(tokenizer, ids))["right"]
-        for q, answers in zip(asked, drawn)
+        for q, answers in zip(asked, samples)
         for ids in answers
     ]
     answers = json.loads((toy_base / "answers.json").read_text())
