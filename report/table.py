@@ -71,6 +71,7 @@ def print_end_table(columns: dict[str, dict], folder: Path, speed: float | None)
 
 def print_samples(samples: dict[str, list]) -> None:
     """Three samples of each state of the model, below their prompt where they have one."""
+    width = max(map(len, samples)) + 2
     for i in range(max(map(len, samples.values()))):
         print0("\nSampled" if i == 0 else "")
         for name, items in samples.items():
@@ -79,4 +80,4 @@ def print_samples(samples: dict[str, list]) -> None:
             if prompt and name == next(iter(samples)):
                 print0(f"  {prompt.strip()[-300:]}")
             lines = [line[:400] for line in text.strip("\n").split("\n")[:12]]
-            print0(f"    {name.replace('_', ' '):18}" + f"\n{'':22}".join(lines))
+            print0(f"    {name.replace('_', ' '):{width}}" + f"\n{'':{width + 4}}".join(lines))
