@@ -9,9 +9,10 @@ import math
 import os
 import sys
 import zlib
+from collections import Counter
 from pathlib import Path
 
-from common import InputError, first_line
+from common import InputError, first_line, one_line
 
 ROW_FORMATS = {".jsonl", ".json", ".csv", ".parquet"}
 LARGEST = 1 << 31  # bytes of a file once unpacked: a small .gz can hold more than the memory
@@ -93,9 +94,17 @@ def read_parquet(source: str, content: bytes) -> list[tuple[str, dict]]:
             if pyarrow.types.is_temporal(field.type):
                 table = table.set_column(i, field.name, table.column(i).cast(pyarrow.string()))
         rows = table.to_pylist()
+        refuse_twice(f"{source}: the file", table.column_names)
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
         raise InputError(f"{source}: not a readable parquet file ({first_line(error)}).") from None
     return [(f"{source}, row {i}", row) for i, row in enumerate(rows, 1)]
+
+
+def refuse_twice(what: str, names: list[str]) -> None:
+    """Raises InputError where a name comes twice: a row would silently keep the last value."""
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise InputError(f'{what} has the field "{one_line(name)}" twice.')
 
 
 def read_csv(source: str, text: str) -> list[tuple[str, dict]]:
@@ -108,9 +117,7 @@ def read_csv(source: str, text: str) -> list[tuple[str, dict]]:
     except csv.Error as error:  # in the line after the last good row
         raise InputError(f"{source}, line {reader.line_num + 1}: not valid CSV ({error}).") from None
     names = reader.fieldnames or []
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f'{source}, line 1: the header has the field "{name}" twice.')
+    refuse_twice(f"{source}, line 1: the header", names)
     for where, row in rows:
         if None in row:
             raise InputError(f"{where}: more values than the header has names ({len(row) - 1}).")
@@ -121,9 +128,8 @@ def unique_fields(pairs: list[tuple[str, object]]) -> dict:
     """A JSON object; ValueError where a field comes twice: json would silently take the last."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f'the field "{twice}" comes twice in one object')
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f'the field "{one_line(name)}" comes twice in one object')
     return fields
 
 

@@ -15,7 +15,7 @@ from common.fields import is_messages, is_unicode, names_of, pair_of_row
 from common.processes import print0
 from toy import base
 
-NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 
 
 def number_of(value: object, from_text: bool) -> float | None:
