@@ -186,8 +186,8 @@ class Args:
     """Seed of the order of the data and of all sampling."""
     resume: str = ""
     """Folder of an interrupted run to go on with; all other arguments come from it."""
-    lr: float = 1e-3
-    """Peak learning rate of AdamW; 1e-3 suits the toy's tiny model, 1e-6 to 1e-5 real ones."""
+    lr: float | None = None
+    """Peak learning rate of AdamW; None: 1e-3 for the toy's tiny model, 1e-5 for all others."""
     epochs: float = 1.0
     """Passes over the training pairs; may be a fraction."""
     max_steps: int = -1
@@ -248,6 +248,7 @@ def main(args: Args) -> None:
     max_length = models.length_limit(args.max_length, model)
     rows_from = (args.data, args.eval_data, args.holdout, args.seed)
     splits, data_sha256 = data.load_pairs(*rows_from, tokenizer, max_length)
+    run.pin_sources(ref_folder, data_sha256)
     plan = batches.plan_batches(splits["train"], args.batch_size, args.epochs, args.max_steps, args.seed)
     splits["train"], plan = batches.planned_rows(splits["train"], plan)
     pad_id = tokenizer.pad_token_id
@@ -310,7 +311,7 @@ def main(args: Args) -> None:
     columns = {"before": before, "after": report(ref_model)}
     # [method]
     # [/method]
-    run.finish(columns, ref_folder, data_sha256)
+    run.finish(columns)
 
 
 if __name__ == "__main__":

@@ -110,8 +110,8 @@ class Args:
     """Seed of the order of the data."""
     resume: str = ""
     """Folder of an interrupted run to go on with; all other arguments come from it."""
-    lr: float = 1e-3
-    """Peak learning rate of AdamW; 1e-3 suits the toy's tiny model, 1e-6 to 1e-5 real ones."""
+    lr: float | None = None
+    """Peak learning rate of AdamW; None: 1e-3 for the toy's tiny model, 1e-5 for all others."""
     epochs: float = 1.0
     """Passes over the training pairs; may be a fraction."""
     max_steps: int = -1
@@ -167,6 +167,7 @@ def main(args: Args) -> None:
     max_length = models.length_limit(args.max_length, model, tokenizer)
     rows_from = (args.data, args.eval_data, args.holdout, args.seed)
     splits, data_sha256 = data.load_pairs(*rows_from, tokenizer, max_length)
+    run.pin_sources(model_folder, data_sha256)
     splits["train"] = half_of(splits["train"], args.half)
     if args.half != "all":
         print0(f"The {args.half} half of the prompts: {len(splits['train']):,} rows to train on.")
@@ -213,7 +214,7 @@ def main(args: Args) -> None:
 
     run.save_model(model, tokenizer)
     del optimizer
-    run.finish({"before": before, "after": report()}, model_folder, data_sha256)
+    run.finish({"before": before, "after": report()})
 
 
 if __name__ == "__main__":

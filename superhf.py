@@ -396,8 +396,8 @@ class Args:
     """Seed of the order of the data and of all sampling."""
     resume: str = ""
     """Folder of an interrupted run to go on with; all other arguments come from it."""
-    lr: float = 1e-3
-    """Peak learning rate of AdamW; 1e-3 suits the toy's tiny model, 1e-6 to 1e-5 real ones."""
+    lr: float | None = None
+    """Peak learning rate of AdamW; None: 1e-3 for the toy's tiny model, 1e-5 for all others."""
     epochs: float = 8.0
     """Passes over the training prompts; may be a fraction."""
     max_steps: int = -1
@@ -463,6 +463,7 @@ def main(args: Args) -> None:
     max_length = models.length_limit(args.max_length, model)
     rows_from = (args.data, args.eval_data, args.holdout, args.seed)
     splits, data_sha256 = load_prompts(*rows_from, tokenizer, max_length, args.max_new_tokens)
+    run.pin_sources(ref_folder, data_sha256)
     plan = batches.plan_batches(splits["train"], args.batch_size, args.epochs, args.max_steps, args.seed)
     longest = {"longest": [longest_row(splits, tokenizer.eos_token_id)]}
     splits["train"], plan = batches.planned_rows(splits["train"], plan)
@@ -507,7 +508,7 @@ def main(args: Args) -> None:
     del optimizer
     columns = {"before": before, "after": report(splits, samples_of, ref_model)}
     shares = {name: spent / max(1e-9, sum(seconds.values())) for name, spent in seconds.items()}
-    run.finish(columns, ref_folder, data_sha256, {"time_shares": shares, "meteor": meteor_form()})
+    run.finish(columns, {"time_shares": shares, "meteor": meteor_form()})
     print0("Time: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
 
 

@@ -274,8 +274,8 @@ class Args:
     """Seed of the order of the data and of all sampling."""
     resume: str = ""
     """Folder of an interrupted run to go on with; all other arguments come from it."""
-    lr: float = 1e-3
-    """Peak learning rate of AdamW; 1e-3 suits the toy's tiny model, 1e-6 to 1e-5 real ones."""
+    lr: float | None = None
+    """Peak learning rate of AdamW; None: 1e-3 for the toy's tiny model, 1e-5 for all others."""
     epochs: float = 1.0
     """Passes over the training rows; may be a fraction."""
     max_steps: int = -1
@@ -348,6 +348,7 @@ def main(args: Args) -> None:
     splits, data_sha256, label_kind = load_labelled(
         *rows_from, tokenizer, max_length, unlabelled=not LABEL_NEEDED, **label_options
     )
+    run.pin_sources(ref_folder, data_sha256)
     plan = batches.plan_batches(splits["train"], args.batch_size, args.epochs, args.max_steps, args.seed)
     splits["train"], plan = batches.planned_rows(splits["train"], plan)
     pad_id = tokenizer.pad_token_id
@@ -424,7 +425,7 @@ def main(args: Args) -> None:
     del optimizer
     ref_model = run.prepare(models.load_model(ref_folder, run.device, tokenizer))
     columns = {"before": before, "after": report(ref_model)}
-    run.finish(columns, ref_folder, data_sha256)
+    run.finish(columns)
 
 
 if __name__ == "__main__":

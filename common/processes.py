@@ -1,6 +1,7 @@
 """Several processes of one run, as torchrun starts them; one process is the ordinary case."""
 
 import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,10 @@ def is_main_process() -> bool:
 def print0(*words) -> None:
     """Prints on the main process only."""
     if is_main_process():
-        print(*words, flush=True)
+        try:
+            print(*words, flush=True)
+        except BrokenPipeError:  # nobody reads on, as with "| head -1": the run goes on all the same
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def shard_items(items: list) -> list:

@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -21,13 +22,13 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from common import InputError, checkpoints, summary
+from common import InputError, checkpoints, first_line
 from common.batches import micro_batches, row_length
 from common.files import append_json_line, plain, read_json, write_json, write_text
 from common.generate import is_tiny
 from common.models import full_tensor, shard
 from common.processes import gather, is_main_process, print0, rank, sum_over_processes, wait_for_all, world_size
-from report import curves
+from report import curves, facts
 from report.table import print_end_table
 from report.trackers import tracker
 
@@ -37,7 +38,8 @@ NOT_NEGATIVE = (lambda v: 0 <= v < math.inf, "at least 0")
 RANGES = {  # of the arguments that most scripts have; a script checks its own
     **dict.fromkeys(("batch_size", "micro_batch_size", "max_new_tokens"), COUNT),
     **dict.fromkeys(("eval_every", "save_every", "log_every"), COUNT),
-    **dict.fromkeys(("lr", "beta", "epochs"), POSITIVE),
+    **dict.fromkeys(("beta", "epochs"), POSITIVE),
+    "lr": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
     **dict.fromkeys(("warmup", "weight_decay", "kl_samples"), NOT_NEGATIVE),
     "max_steps": (lambda v: v >= -1 and v != 0, "at least 1, or -1 for no limit"),
     "max_length": (lambda v: v is None or v >= 2, "at least 2"),
@@ -60,10 +62,44 @@ def start_run(args, script: str):
         args = resumed_arguments(args, Path(script).name)
     elif not args.name:
         args = dataclasses.replace(args, name=free_name(args, Path(script).stem))
+    if args.lr is None:
+        args = dataclasses.replace(args, lr=default_learning_rate(args))
     for name, (holds, expected) in RANGES.items():
         if hasattr(args, name) and not holds(getattr(args, name)):
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {expected}.")
-    return Run(args, script), args
+    refuse_read_only(Path(args.output_dir))
+    sys.excepthook = one_line_for_ctrl_c
+    run = Run(args, script)
+    numbers = f"{str(run.dtype).removeprefix('torch.')}, learning rate {args.lr:g}"
+    print0(f"{Path(script).name}: model {args.model}, data {args.data or args.task}, {run.device}, {numbers}.")
+    return run, args
+
+
+def default_learning_rate(args) -> float:
+    """Where --lr is not given: what suits the toy's tiny model, models made from scratch, and
+    pretrained ones."""
+    sizes = {"toy": 1e-3, "tiny": 1e-2, "mini": 1e-2, "small": 1e-2}
+    return sizes.get(args.model, 1e-3 if hasattr(args, "context") else 1e-5)
+
+
+def refuse_read_only(folder: Path) -> None:
+    """Raises InputError where nothing can be written in a folder, or in the one that it would be
+    made in."""
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(f"--output-dir: nothing can be written in {folder} ({first_line(error)}).") from None
+
+
+def one_line_for_ctrl_c(kind, error, trace) -> None:
+    """Ctrl-C outside of the training loop ends a run with a sentence; every other error is shown
+    whole."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("\nInterrupted. What was saved is kept; --resume goes on with a run that has a folder.", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def free_name(args, script: str) -> str:
@@ -307,6 +343,15 @@ class Run:
         # A line is the mean over --log-every steps, the last one too, with fewer new ones.
         self._window = [*self._window, *steps][-self._args.log_every :]
 
+    def pin_sources(self, model_folder: str, data_sha256: str) -> None:
+        """Keeps hashes of what the run reads; on --resume InputError where weights or rows are
+        others now."""
+        current = facts.sources(model_folder, data_sha256)
+        self._sources = self.cached_json("sources", lambda: current)
+        for name, what in (("data_sha256", "rows of the data"), ("model_sha256", "weights of the model")):
+            if current[name] != self._sources.get(name):
+                raise InputError(f"--resume {self.folder}: the {what} are not those that the run began with.")
+
     def refuse(self, what: str, step: int) -> None:
         """Ends the run because a number is not finite."""
         kept = f"The checkpoint {self.checkpoint} is kept" if self.checkpoint else "No checkpoint had been written yet"
@@ -352,7 +397,10 @@ class Run:
         if not parts:
             return torch.zeros(0, 1)
         places = torch.tensor([i for numbers, _ in parts for i in numbers])
-        return torch.cat([values for _, values in parts])[places.argsort()]
+        values = torch.cat([values for _, values in parts])[places.argsort()]
+        if not bool(values.isfinite().all()):
+            self.refuse("model's output after the end", self.step)
+        return values
 
     def evaluate_loss(self, function, batch_of, rows: list, per_row: int = 1) -> dict[str, float]:
         """Metrics of `function(batch_of(rows))` -> (loss, sums) as means over `per_row` a row."""
@@ -363,7 +411,10 @@ class Run:
         if not sums:
             return {}
         table = sum_over_processes(torch.stack(list(sums.values()))).tolist()
-        return means_of(dict(zip(sums, table)), len(rows) * per_row)
+        metrics = means_of(dict(zip(sums, table)), len(rows) * per_row)
+        if not math.isfinite(metrics["loss"]):
+            self.refuse("held-out loss after the end", self.step)
+        return metrics
 
     def save(self, model, optimizer, tokenizer) -> None:
         """A checkpoint of everything that the rest of the run depends on."""
@@ -372,6 +423,8 @@ class Run:
 
     def save_model(self, model, tokenizer) -> None:
         """The trained model in the run's folder."""
+        if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+            self.refuse("weights after the end", self.step)
         checkpoints.save_model(model, tokenizer, self.folder)
 
     def restore(self, model, optimizer) -> None:
@@ -379,35 +432,34 @@ class Run:
         if self.checkpoint:
             checkpoints.restore(self.checkpoint, model, optimizer, self.device)
 
-    def finish(self, columns: dict[str, dict], model_folder: str, data_sha256: str, extra: dict | None = None) -> None:
+    def finish(self, columns: dict[str, dict], extra: dict | None = None) -> None:
         """Writes summary.json and curves.png, prints the end table, removes the checkpoints.
 
         Args:
             columns: "before", "after", ... -> split -> metrics. "held_out" is written under the
                 column's name, others with their name behind it; "samples" are printed only.
-            model_folder: of the model that training began with; empty: a new one.
             extra: keys of one script alone.
         """
         speed = round(self.tokens / self.seconds, 1) if self.seconds else None
         args = dataclasses.asdict(self._args)
         del args["resume"]
-        facts = {
+        values = {
             "script": self.script.name,
             "args": args,
             "steps": self.step,
             "seconds": round(self.seconds, 3),
             "tokens_per_second": speed,
-            **summary.machine(self.device),
-            **summary.sources(model_folder, data_sha256),
+            **facts.machine(self.device),
+            **self._sources,
             "kl_samples": args.get("kl_samples"),
         }
         for name, splits in columns.items():
             for split, metrics in splits.items():
                 key = name if split == "held_out" else f"{name}_{split}"
-                facts[key] = {k: v for k, v in metrics.items() if k != "samples"}
+                values[key] = {k: v for k, v in metrics.items() if k != "samples"}
         if is_main_process():
             curves.draw_curves(self.folder)
-            write_json(self.folder / "summary.json", facts | (extra or {}))
+            write_json(self.folder / "summary.json", values | (extra or {}))
             shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
             print_end_table(columns, self.folder, speed)
         wait_for_all()

@@ -1,30 +1,33 @@
-"""Misalignment against capability: six ways to pretrain on a scored corpus, each from the start and each as the second half after plain MLE.
+"""Misalignment against capability: six ways to pretrain on a scored corpus, each from the start and
+each as the second half after plain MLE.
 
-    python -m experiments.pareto                          the toy corpus, three seeds; go on after an interruption with the same command
-    python -m experiments.pareto --task pep8 --jobs 3     a tiny model on Python's standard library, one seed
-    python -m experiments.pareto --task pep8 --data code/ --model gpt2-small --teacher-model gpt2-medium/ --context 1024 --vocabulary 50000 \
-        --batch-size 64 --lr 8e-4 --tokens 3.3e9 --samples 4096
-                                                          the paper's size, on a GPU: a folder of .py files, a folder with a larger config.json
+    python -m experiments.pareto                        the toy corpus, three seeds
+    python -m experiments.pareto --task pep8 --jobs 3   a tiny model on Python's standard library
+    python -m experiments.pareto --task pep8 --data code/ --model gpt2-small \\
+        --teacher-model gpt2-medium/ --context 1024 --vocabulary 50000 --batch-size 64 --lr 8e-4 \\
+        --tokens 3.3e9 --samples 4096
 
-Capability is KL(teacher || model), the teacher being a larger MLE model that is trained first, and held-out perplexity. Run folders stay in
-`--runs`: a finished run is not made again, one that was interrupted goes on, and the teacher and the MLE half are used from there. Every run's line
-goes to results/pareto_<task>.jsonl; table and figure are drawn from the lines of this command's runs.
+The last one is the paper's size, on a GPU: a folder of .py files, a folder with a larger
+config.json.
+
+Capability is KL(teacher || model), the teacher being a larger MLE model that is trained first, and
+held-out perplexity. Run folders stay in `--runs`: a finished run is not made again, one that was
+interrupted goes on, and the teacher and the MLE half are used from there. Every run's line goes to
+results/pareto_<task>.jsonl; table and figure are drawn from the lines of this command's runs.
 """
 
 import json
-import os
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import torch
 import tyro
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for python experiments/pareto.py
+
+from experiments import study
 
 # Objective -> script and its flags, on pep8 the paper's.
 OBJECTIVES = {
@@ -46,13 +49,34 @@ OBJECTIVES = {
         "AWR": ("awr_pretrain.py", "--alpha 0.05 --beta 1"),
     },
 }
-SIZES = {  # what a run is given where the command line says nothing
+# What a run is given where the command line says nothing
+SIZES = {
     "toy": {"tokens": 5e5, "context": 64, "samples": 500, "batch_size": 16, "lr": 1e-2},
-    "pep8": {"tokens": 1e6, "context": 128, "samples": 500, "batch_size": 16, "lr": 3e-3, "vocabulary": 1024, "holdout": 0.03},
+    "pep8": {
+        "tokens": 1e6,
+        "context": 128,
+        "samples": 500,
+        "batch_size": 16,
+        "lr": 3e-3,
+        "vocabulary": 1024,
+        "holdout": 0.03,
+    },
 }
-SHAPES = {"toy": ((2, 2, 64), (2, 4, 128)), "pep8": ((2, 2, 64), (3, 3, 96))}  # layers, heads, width: of the model and of the teacher
+# Layers, heads, width: of the model and of the teacher
+SHAPES = {"toy": ((2, 2, 64), (2, 4, 128)), "pep8": ((2, 2, 64), (3, 3, 96))}
 COLUMNS = {"after": "", "after_bad": ", asked for bad", "after_no_token": ", not asked"}
-NUMBERS = ("misalignment", "expected_max", "kl_to_teacher", "perplexity", "perplexity_good", "right_share", "sample_tokens", "self_bleu")
+METRICS = (
+    "misalignment",
+    "expected_max",
+    "kl_to_teacher",
+    "perplexity",
+    "perplexity_good",
+    "right_share",
+    "sample_tokens",
+    "self_bleu",
+)
+FACTS = ("git_commit", "device", "threads", "versions", "tokens_per_second", "seconds", "data_sha256")
+KEPT_ARGS = {"tokens", "context", "lr", "batch_size", "alpha", "beta", "drop", "threshold", "threshold_quantile"}
 
 
 @dataclass
@@ -80,141 +104,173 @@ class Args:
     samples: int = 0
     """Samples of each model; 0: 500."""
     half: bool = True
-    """Also the finetuning comparison: MLE for half of the tokens, then each objective for the rest."""
+    """Also the finetuning comparison: half of the tokens MLE, then each objective for the rest."""
     jobs: int = 1
-    """Runs side by side, one thread each; 0: none is made, table and figure show those that are finished."""
+    """Runs side by side, one thread each; 0: none is made, only finished ones are shown."""
     runs: str = "runs/pareto"
     """Where run folders are kept."""
     output_dir: str = "results"
     """Where lines and figure go."""
 
 
-def config_folder(folder: Path, shape: tuple[int, int, int], context: int) -> str:
-    """A folder whose config.json describes a GPT-2 type of this shape, without dropout."""
+@dataclass(frozen=True)
+class Item:
+    """One run: kind is teacher, half, pretraining or finetuning; method is one of OBJECTIVES."""
+
+    kind: str
+    method: str
+    seed: int
+
+    def folder(self, runs: Path) -> Path:
+        """The run's folder."""
+        name = self.method.lower().replace(", ", "-").replace(" ", "")
+        return runs / f"{self.kind}-{name}-seed{self.seed}"
+
+
+def write_config(folder: Path, shape: tuple[int, int, int], context: int) -> None:
+    """Makes a folder whose config.json describes a GPT-2 type of this shape, without dropout."""
     folder.mkdir(parents=True, exist_ok=True)
-    sizes = dict(zip(("n_layer", "n_head", "n_embd"), shape)) | dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_positions": context, **sizes}))
-    return str(folder)
+    sizes = dict(zip(("n_layer", "n_head", "n_embd"), shape))
+    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    config = {"model_type": "gpt2", "n_positions": context, **sizes, **dropout}
+    (folder / "config.json").write_text(json.dumps(config))
 
 
-def make(runs: Path, name: str, script: str, flags: dict, method: str = "") -> dict:
-    """The summary of a run, which is made, or gone on with, where it is not finished."""
-    folder = runs / name
-    if not (folder / "summary.json").exists():
-        flags = flags | {"eval_every": 10**6, "name": name, "output_dir": runs}
-        words = [word for key, value in flags.items() for word in (f"--{key.replace('_', '-')}", str(value))] + method.split()
-        words = ["--resume", str(folder)] if (folder / "args.json").exists() else words
-        done = subprocess.run(
-            [sys.executable, str(ROOT / script), *words], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-        )
-        if done.returncode:
-            raise SystemExit(f"{script} {' '.join(words)} failed: {done.stderr.strip()[-500:]}")
-        print(f"{name}: done", flush=True)
-    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+def sizes_of(args: Args) -> dict:
+    """The flags that all runs share: the task's sizes, with what the command line says instead."""
+    names = ("data", "tokens", "context", "vocabulary", "batch_size", "lr", "samples")
+    given = {name: getattr(args, name) for name in names if getattr(args, name)}
+    sizes = {"task": args.task, **SIZES[args.task], **given}
+    return sizes | {"max_new_tokens": sizes["context"] - 2, "eval_every": 10**6}
+
+
+def flags_of(item: Item, args: Args, runs: Path) -> dict:
+    """The flags of a run; the teacher and the MLE half are used from their folders."""
+    sizes = sizes_of(args)
+    teacher, half = Item("teacher", "MLE", item.seed).folder(runs), Item("half", "MLE", item.seed).folder(runs)
+    if item.kind == "teacher":
+        model = args.teacher_model or runs / "teacher"
+    else:
+        model = args.model or runs / "model"
+    flags = sizes | {"model": model, "seed": item.seed, "baseline": "none"}
+    if item.kind != "teacher" and args.task != "toy":
+        flags["tokenizer"] = teacher  # trained once
+    if item.kind in ("teacher", "half"):
+        flags["samples"] = 0
+    else:
+        flags["teacher"] = teacher
+    if item.kind in ("half", "finetuning"):
+        flags["tokens"] = sizes["tokens"] / 2
+    if item.kind == "finetuning":
+        flags["init"] = half
+    return flags
+
+
+def rounds_of(args: Args) -> list[list[Item]]:
+    """The runs in three rounds, since later ones need earlier ones; the last one's are judged."""
+    seeds = args.seeds or ((0, 1, 2) if args.task == "toy" else (0,))
+    teachers = [Item("teacher", "MLE", seed) for seed in seeds]
+    halves = [Item("half", "MLE", seed) for seed in seeds if args.half]
+    judged = []
+    for seed in seeds:
+        judged += [Item("pretraining", method, seed) for method in OBJECTIVES[args.task]]
+        if args.half:
+            judged += [Item("finetuning", method, seed) for method in OBJECTIVES[args.task] if method != "RWR, beta 10"]
+    return [teachers, halves, judged]
+
+
+def make_runs(args: Args, runs: Path) -> dict[Item, dict]:
+    """The summaries of all runs; those that are missing are made, unless `--jobs 0`."""
+    for name, shape in zip(("model", "teacher"), SHAPES[args.task]):
+        write_config(runs / name, shape, sizes_of(args)["context"])
+    summaries: dict[Item, dict] = {}
+
+    def work(item: Item) -> None:
+        folder = item.folder(runs)
+        finished = (folder / "summary.json").exists()
+        if finished or args.jobs:
+            script, more = OBJECTIVES[args.task][item.method]
+            summaries[item] = study.train(script, folder, flags_of(item, args, runs), more)
+            print("" if finished else f"{folder.name}: done\n", end="", flush=True)
+
+    for items in rounds_of(args):
+        study.side_by_side(work, items, args.jobs)
+    return summaries
+
+
+def lines_of(item: Item, task: str, summary: dict) -> list[dict]:
+    """A line for each way that a run's model was asked for samples."""
+    facts = {name: summary[name] for name in FACTS}
+    own = {name: value for name, value in summary["args"].items() if name in KEPT_ARGS}
+    lines = []
+    for column, words in COLUMNS.items():
+        if column in summary:
+            metrics = {name: value for name, value in summary[column].items() if isinstance(value, (int, float))}
+            about = {"task": task, "method": item.method + words, "kind": item.kind, "seed": item.seed}
+            lines.append({**about, **metrics, **facts, "args": own})
+    return lines
 
 
 def main(args: Args) -> None:
-    """Makes the runs that are missing, in three rounds since later ones need earlier ones; then lines, table, figure."""
-    runs, task = Path(args.runs) / args.task, args.task
-    given = {key: value for key in ("tokens", "context", "vocabulary", "batch_size", "lr", "samples") if (value := getattr(args, key))}
-    sizes = {"task": task, **({"data": args.data} if args.data else {}), **SIZES[task], **given}
-    small, large = (config_folder(runs / name, shape, sizes["context"]) for name, shape in zip(("model", "teacher"), SHAPES[task]))
-    sizes["max_new_tokens"] = sizes["context"] - 2
-    seeds = args.seeds or ((0, 1, 2) if task == "toy" else (0,))
-    objectives, found = OBJECTIVES[task], {}
-
-    def work(item: tuple) -> None:
-        kind, name, seed = item
-        script, method = objectives[name]
-        slug = f"{kind}-{name.lower().replace(', ', '-').replace(' ', '')}-seed{seed}"
-        flags, plain = {**sizes, "model": args.model or small, "seed": seed}, {"samples": 0, "baseline": "none"}
-        teacher = {"teacher": runs / f"teacher-mle-seed{seed}", "baseline": "none"}
-        if kind == "teacher":
-            flags |= plain | {"model": args.teacher_model or large}
-        elif task != "toy":
-            flags["tokenizer"] = teacher["teacher"]  # trained once
-        if kind == "half":
-            flags |= plain | {"tokens": sizes["tokens"] / 2}
-        elif kind == "pretraining":
-            flags |= teacher
-        elif kind == "finetuning":
-            flags |= teacher | {"tokens": sizes["tokens"] / 2, "init": runs / f"half-mle-seed{seed}"}
-        if args.jobs or (runs / slug / "summary.json").exists():
-            found[item] = make(runs, slug, script, flags, method)
-
-    kinds = ("pretraining", "finetuning")[: 1 + args.half]
-    judged = [(kind, name, seed) for seed in seeds for kind in kinds for name in objectives if kind == "pretraining" or name != "RWR, beta 10"]
-    for wave in ([("teacher", "MLE", seed) for seed in seeds], [("half", "MLE", seed) for seed in seeds if args.half], judged):
-        with ThreadPoolExecutor(max(1, args.jobs)) as pool:
-            list(pool.map(work, wave))
-
+    """Makes the runs that are missing; then lines, table, figure."""
+    summaries = make_runs(args, Path(args.runs) / args.task)
+    *_, judged = rounds_of(args)
+    methods = list(OBJECTIVES[args.task])
+    kinds = ("pretraining", "finetuning")
+    order = sorted(judged, key=lambda item: (kinds.index(item.kind), methods.index(item.method), item.seed))
     lines = []
-    for kind, name, seed in sorted(found.keys() & set(judged), key=lambda item: (kinds.index(item[0]), list(objectives).index(item[1]), item[2])):
-        summary = found[kind, name, seed]
-        about = {key: summary[key] for key in ("git_commit", "device", "threads", "versions", "tokens_per_second", "seconds", "data_sha256")}
-        own = {
-            k: v
-            for k, v in summary["args"].items()
-            if k in {"tokens", "context", "lr", "batch_size", "alpha", "beta", "drop", "threshold", "threshold_quantile"}
-        }
-        for column in (c for c in COLUMNS if c in summary):
-            values = {k: v for k, v in summary[column].items() if isinstance(v, (int, float))}
-            lines.append({"task": task, "method": name + COLUMNS[column], "kind": kind, "seed": seed, **values, **about, "args": own})
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    path = Path(args.output_dir) / f"pareto_{task}"
-    path.with_suffix(".jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    report(lines, path.with_suffix(".png"))
+    for item in order:
+        if item in summaries:
+            lines += lines_of(item, args.task, summaries[item])
+    path = Path(args.output_dir) / f"pareto_{args.task}.jsonl"
+    study.write_lines(path, lines)
+    report(lines)
+    if lines:
+        study.draw_figure(path.with_suffix(".png"), partial(draw, lines), 2, (12, 4.4), share_y=True)
 
 
-def mean_and_spread(values: list[float]) -> str:
-    """ "mean +- standard deviation"."""
-    found = torch.tensor(values, dtype=torch.float64)
-    digits = 4 if found.mean().abs() < 0.1 else 3
-    return f"{found.mean():.{digits}f}" + (f" +- {found.std():.{digits}f}" if len(found) > 1 else "")
+def report(lines: list[dict]) -> None:
+    """The table over seeds, a line a kind and method."""
+    groups: dict[tuple, list[dict]] = {}
+    for line in lines:
+        groups.setdefault((line["kind"], line["method"]), []).append(line)
+    names = [name for name in METRICS if any(name in line for line in lines)]
+    rows = []
+    for (kind, method), group in groups.items():
+        cells = []
+        for name in names:
+            values = [line.get(name) for line in group]
+            mean, _ = study.mean_and_std(values)
+            digits = 4 if mean is not None and abs(mean) < 0.1 else 3
+            cells.append(study.plus_minus(values, digits))
+        rows.append([f"{kind}: {method}", *cells])
+    study.print_table(["run", *names], rows)
 
 
-def report(lines: list[dict], figure_path: Path) -> None:
-    """The table over seeds, and misalignment over both measures of capability: filled from the start, hollow after half of MLE."""
-    numbers = [n for n in NUMBERS if any(n in line for line in lines)]
-    print(f"\n{'':42}" + "".join(f"{name:>19}" for name in numbers))
-    groups = dict.fromkeys((line["kind"], line["method"]) for line in lines)
-    for kind, method in groups:
-        mine = [line for line in lines if (line["kind"], line["method"]) == (kind, method)]
-        cells = (
-            mean_and_spread([line[n] for line in mine if line.get(n) is not None]) if any(line.get(n) is not None for line in mine) else "-" for n in numbers
-        )
-        print(f"{kind + ': ' + method:42}" + "".join(f"{cell:>19}" for cell in cells))
-    try:
-        import matplotlib
-    except ImportError:
-        print("No figure: pip install matplotlib")
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.4), sharey=True)
-    names = [name for name in dict.fromkeys(line["method"] for line in lines) if not name.endswith(", asked for bad")]
-    for axis, key, label in zip(axes, ("kl_to_teacher", "perplexity_good"), ("KL(teacher || model), nats per sequence", "held-out perplexity, good segments")):
-        for number, name in enumerate(names):
-            for kind, filled in (("pretraining", True), ("finetuning", False)):
-                mine = [line for line in lines if (line["method"], line["kind"]) == (name, kind) and line.get(key) is not None]
-                colour = f"C{number}"
+def draw(lines: list[dict], axes: list) -> None:
+    """Misalignment over both measures of capability: filled from the start, hollow after half of
+    MLE.
+    """
+    capabilities = {
+        "kl_to_teacher": "KL(teacher || model), nats per sequence",
+        "perplexity_good": "held-out perplexity per token, good segments",
+    }
+    methods = [method for method in dict.fromkeys(line["method"] for line in lines) if method in study.METHODS]
+    for axis, (name, label) in zip(axes, capabilities.items()):
+        for method in methods:
+            look = study.look_of(method)
+            for kind, face in (("pretraining", look["color"]), ("finetuning", "none")):
+                group = [line for line in lines if (line["method"], line["kind"]) == (method, kind)]
+                points = [(line[name], line["misalignment"]) for line in group if line.get(name) is not None]
+                colours = {"facecolors": face, "edgecolors": look["color"]}
+                legend = method if kind == "pretraining" else None
                 axis.scatter(
-                    [line[key] for line in mine],
-                    [line["misalignment"] for line in mine],
-                    marker="osD^vP*X<>"[number % 10],
-                    s=36,
-                    facecolors=colour if filled else "none",
-                    edgecolors=colour,
-                    label=name if filled else None,
+                    *(zip(*points) if points else ([], [])), marker=look["marker"], s=36, **colours, label=legend
                 )
         axis.set_xlabel(label)
     axes[0].set_ylabel("misalignment: mean score of samples")
-    axes[1].legend(fontsize=8, title="filled: from the start\nhollow: after MLE", loc="upper left", bbox_to_anchor=(1.02, 1))
-    figure.tight_layout()
-    figure.savefig(figure_path, dpi=110)
-    plt.close(figure)
-    print(f"Figure: {figure_path}")
+    title = "filled: from the start\nhollow: after MLE"
+    axes[1].legend(title=title, loc="upper left", bbox_to_anchor=(1.02, 1))
 
 
 if __name__ == "__main__":

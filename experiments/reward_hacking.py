@@ -1,32 +1,40 @@
-"""Reward hacking on the toy world: SuperHF, PPO and simpler baselines raise a flawed proxy of the true reward, and the true reward looks on.
+"""Reward hacking on the toy world: SuperHF, PPO and simpler baselines raise a flawed proxy of the
+true reward, and the true reward looks on.
 
-    python -m experiments.reward_hacking                 three seeds; go on after an interruption with the same command
-    python -m experiments.reward_hacking --jobs 4        within twenty minutes on four idle cores
+    python -m experiments.reward_hacking            three seeds
+    python -m experiments.reward_hacking --jobs 4   within twenty minutes on four idle cores
 
-The proxy pays for each word beyond eight what the true reward takes off (common.toy.flawed_reward). SuperHF runs over KL coefficients (0 is RAFT) and over
-completions per prompt, PPO over KL coefficients with as many completions in all as SuperHF has at 16 a prompt; beside them stand the base model, best of n
-by the proxy, and SFT on the chosen answers of the toy's pairs. Every finished run adds a line to results/reward_hacking.jsonl, and a run that has its line is
-not made again. Each policy is judged on the trained questions by `--answers` samples a question at temperature 1.
+The proxy pays for each word beyond eight what the true reward takes off (toy.world.flawed_reward).
+SuperHF runs over KL coefficients (0 is RAFT) and over completions per prompt, PPO over KL
+coefficients with as many completions in all as SuperHF has at 16 a prompt; beside them stand the
+base model, best of n by the proxy, and SFT on the chosen answers of the toy's pairs. Every finished
+run adds a line to results/reward_hacking.jsonl, and a run that has its line is not made again, so
+the same command goes on after an interruption. Each policy is judged on the trained questions by
+`--answers` samples a question at temperature 1.
 """
 
 import json
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import tyro
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for python experiments/reward_hacking.py
 
-from common import evaluate, runtime, toy  # noqa: E402
-from experiments.grid import complete  # noqa: E402
+from common.evaluate import kl_of_samples
+from common.models import load_tokenizer
+from experiments import policies, study
+from rewards.metrics import meteor_form, similarity
+from toy import base, world
 
 METHODS = ("base", "SFT on chosen", "best of n", "SuperHF", "PPO")
-KEYS = ("proxy_reward", "true_reward", "meteor_similarity", "duplicate_share", "length", "right_share", "kl")
+TRAINED = ("SFT on chosen", "SuperHF", "PPO")
+COLUMNS = ("proxy_reward", "true_reward", "meteor_similarity", "duplicate_share", "length", "right_share", "kl")
+QUANTITIES = {"proxy_reward": "-", "true_reward": "--", "meteor_similarity": ":"}  # with their dashes in the figure
 DEFAULT_KL = 0.35  # of the runs over completions per prompt
 
 
@@ -49,148 +57,166 @@ class Args:
     output_dir: str = "results"
     """Where the lines and the figure go."""
     extra: str = ""
-    """More words for the command lines of superhf.py and ppo.py, given as --extra="--max-steps 2"."""
+    """More words for superhf.py's and ppo.py's command lines: --extra="--max-steps 2"."""
     work: str = ""
     """Set by the program itself: the run that a worker process makes."""
 
 
 def grid_of(args: Args) -> list[tuple[str, float, int, int]]:
     """(method, KL coefficient, completions per prompt, seed) of every run, each once."""
-    superhf = [("SuperHF", kl, args.n) for kl in args.kls] + [("SuperHF", DEFAULT_KL, n) for n in args.completions]
-    ppo = [("PPO", kl, 1) for kl in args.ppo_kls]
-    return [
-        (*run, seed) for seed in args.seeds for run in dict.fromkeys([("base", 0.0, 1), ("SFT on chosen", 0.0, 1), ("best of n", 0.0, args.n), *superhf, *ppo])
-    ]
+    settings = [("base", 0.0, 1), ("SFT on chosen", 0.0, 1), ("best of n", 0.0, args.n)]
+    settings += [("SuperHF", kl, args.n) for kl in args.kls]
+    settings += [("SuperHF", DEFAULT_KL, n) for n in args.completions]
+    settings += [("PPO", kl, 1) for kl in args.ppo_kls]
+    return [(*setting, seed) for seed in args.seeds for setting in dict.fromkeys(settings)]
 
 
-def judged(rows: list[dict], drawn: list[list[str]], seed: int) -> dict:
-    """What is said about answers, [questions][n] texts: both rewards, right answers, and how much answers to different questions are alike."""
-    said = [(row, text) for row, texts in zip(rows, drawn) for text in texts]
-    found = {
-        name: sum(judge(row, text) for row, text in said) / len(said) for name, judge in (("proxy_reward", toy.flawed_reward), ("true_reward", toy.true_reward))
+def judge_answers(rows: list[dict], answers: list[list[str]], seed: int) -> dict:
+    """Metrics of answers to questions, [questions][n] texts: both rewards, the share of right ones,
+    and how much answers to different questions are alike.
+    """
+    pairs = [(row, text) for row, texts in zip(rows, answers) for text in texts]
+    count = len(pairs)
+    metrics = {
+        "proxy_reward": sum(world.flawed_reward(row, text) for row, text in pairs) / count,
+        "true_reward": sum(world.true_reward(row, text) for row, text in pairs) / count,
+        "right_share": sum(world.judge(row, text)["right"] for row, text in pairs) / count,
     }
-    found["right_share"] = sum(toy.judge(row, text)["right"] for row, text in said) / len(said)
-    return found | evaluate.sameness([toy.prompt_of(row) for row, _ in said], [text for _, text in said], seed, pairs=1000)
+    prompts, texts = [world.prompt_of(row) for row, _ in pairs], [text for _, text in pairs]
+    return metrics | similarity(prompts, texts, seed, pairs=1000)
 
 
-def command(method: str, kl: float, n: int, seed: int, folder: str, extra: str) -> list[str]:
-    """The command line that trains a policy, as a user would give it. PPO gets as many completions as SuperHF at 16 a prompt: 8 passes of 16 over the prompts."""
-    words = ["--seed", str(seed), "--kl-samples", "100", "--eval-every", "20", "--output-dir", folder, "--name", "run"]
+def train(method: str, kl: float, n: int, seed: int, folder: Path, extra: str) -> dict:
+    """Trains a policy as a user would, and returns what its run tells of the training.
+
+    PPO gets as many completions as SuperHF at 16 a prompt: 8 passes of 16 over the prompts.
+    """
     if method == "SFT on chosen":
-        return ["sft.py", *words[:2], "--kl-samples", "0", *words[6:]]
-    judges = ["--reward", "toy:flawed", "--test-reward", "toy", "--kl", str(kl), *extra.split()]
-    return ["superhf.py", "--completions", str(n), *judges, *words] if method == "SuperHF" else ["ppo.py", "--epochs", "128", *judges, *words]
+        summary = study.train("sft.py", folder, {"seed": seed, "kl_samples": 0})
+    else:
+        flags = {"seed": seed, "kl_samples": 100, "eval_every": 20}
+        flags |= {"reward": "toy:flawed", "test_reward": "toy", "kl": kl}
+        script, own = ("superhf.py", {"completions": n}) if method == "SuperHF" else ("ppo.py", {"epochs": 128})
+        summary = study.train(script, folder, flags | own, extra)
+    course = []
+    for line in study.read_lines(folder / "metrics.jsonl"):
+        if line["split"] == "held_out" and "reward" in line:
+            course.append([line["step"], line["reward"], line["test_reward"], line["meteor_similarity"]])
+    times = {"seconds": summary["seconds"], "time_shares": summary.get("time_shares")}
+    return {"steps": summary["steps"], **times, "course": course}
 
 
-def make_run(method: str, kl: float, n: int, seed: int, count: int, extra: str) -> dict:
+def make_run(method: str, kl: float, n: int, seed: int, args: Args) -> dict:
     """Trains one policy and judges it: the line that is kept."""
     torch.set_num_threads(1)
-    base, line = str(toy.base_model(seed)), {"method": method, "coefficient": kl, "n": n, "seed": seed, "answers": count}
-    tokenizer = runtime.load_tokenizer(base)
-    policy = reference = runtime.load_model(base, "cpu", tokenizer).eval()
-    with tempfile.TemporaryDirectory() as folder:
-        if method in {"SuperHF", "PPO", "SFT on chosen"}:
-            words = command(method, kl, n, seed, folder, extra)
-            done = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=ROOT)
-            if done.returncode:
-                raise SystemExit(f"{' '.join(words)} failed: {done.stderr[-500:]}")
-            policy = runtime.load_model(f"{folder}/run", "cpu", tokenizer).eval()
-            summary = json.loads(Path(folder, "run", "summary.json").read_text())
-            line |= {"steps": summary["steps"], "seconds": summary["seconds"], "time_shares": summary.get("time_shares")}
-            logged = [json.loads(text) for text in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
-            line["course"] = [[x["step"], x["reward"], x["test_reward"], x["meteor_similarity"]] for x in logged if x["split"] == "held_out" and "reward" in x]
-    rows = [row for row in toy.questions() if not row["unseen"]]
+    folder, count = str(base.base_model(seed)), args.answers
+    tokenizer = load_tokenizer(folder)
+    policy = reference = policies.load_policy(folder, tokenizer)
+    line = {"method": method, "coefficient": kl, "n": n, "seed": seed, "answers": count, "extra": args.extra}
+    if method in TRAINED:
+        with tempfile.TemporaryDirectory() as output:
+            line |= train(method, kl, n, seed, Path(output) / "run", args.extra)
+            policy = policies.load_policy(f"{output}/run", tokenizer)
+    rows = policies.trained_questions()
     several = n if method == "best of n" else 1
-    prompts = [tokenizer(toy.prompt_of(row)).input_ids for row in rows for _ in range(count * several)]
-    drawn = evaluate.sample(policy, prompts, tokenizer, toy.MAX_NEW_TOKENS, seed=seed + 1, batch_size=1000)
-    texts = [evaluate.text_of(tokenizer, ids) for ids in drawn]
-    owners = [row for row in rows for _ in range(count)]
-    if several > 1:  # of each n the one that the proxy likes best
-        groups = [texts[i : i + several] for i in range(0, len(texts), several)]
-        texts = [max(group, key=lambda text, row=row: toy.flawed_reward(row, text)) for row, group in zip(owners, groups)]
+    prompts, completions, texts = policies.sample_policy(policy, tokenizer, seed, count * several)
+    if method == "best of n":
+        owners = [row for row in rows for _ in range(count)]
+        groups = policies.by_question(texts, several)
+        texts = [best_by_proxy(row, group) for row, group in zip(owners, groups)]
         line["kl"] = None
     else:
-        line["kl"] = evaluate.kl_of_samples(policy, reference, prompts, drawn, tokenizer.pad_token_id, batch_size=250).mean().item()
-    line |= judged(rows, [texts[i : i + count] for i in range(0, len(texts), count)], seed)
-    return line | {"meteor": evaluate.meteor_form(), "git_commit": runtime.git_commit(), "device": runtime.device_name(torch.device("cpu"))}
+        nats = kl_of_samples(policy, reference, prompts, completions, tokenizer.pad_token_id, batch_size=250)
+        line["kl"] = nats.mean().item()
+    line |= judge_answers(rows, policies.by_question(texts, count), seed)
+    return line | {"meteor": meteor_form()} | study.facts()
+
+
+def best_by_proxy(row: dict, texts: list[str]) -> str:
+    """The answer that the proxy likes best."""
+    return max(texts, key=lambda text: world.flawed_reward(row, text))
 
 
 def main(args: Args) -> None:
-    """Makes the runs that have no line yet, then prints the tables and draws the figure."""
+    """Makes the runs that have no line yet, then prints the table and draws the figure."""
     if args.work:
-        print(json.dumps(make_run(*json.loads(args.work), args.answers, args.extra)))
+        print(json.dumps(make_run(*json.loads(args.work), args)))
         return
-    grid = grid_of(args)
-    for seed in sorted({seed for *_, seed in grid}):
-        toy.base_model(seed)  # built before runs start side by side
+    for seed in args.seeds:
+        base.base_model(seed)  # built before runs start side by side
 
-    def key(line: dict) -> tuple | None:
-        return (line["method"], line["coefficient"], line["n"], line["seed"]) if line["answers"] == args.answers else None
+    def key_of(line: dict) -> tuple | None:
+        same = (line["answers"], line.get("extra", "")) == (args.answers, args.extra)
+        return (line["method"], line["coefficient"], line["n"], line["seed"]) if same else None
 
-    def say(line: dict) -> str:
-        return f"{key(line)}: proxy {line['proxy_reward']:.2f}, true reward {line['true_reward']:.2f}"
+    def describe(line: dict) -> str:
+        return f"{key_of(line)}: proxy {line['proxy_reward']:.2f}, true reward {line['true_reward']:.2f}"
 
     path = Path(args.output_dir) / "reward_hacking.jsonl"
     flags = ["--answers", str(args.answers), f"--extra={args.extra}"]
-    report(complete(path, grid, key, "experiments.reward_hacking", flags, args.jobs, say), Path(args.output_dir) / "reward_hacking.png")
+    lines = study.complete(path, grid_of(args), key_of, __file__, flags, args.jobs, describe)
+    report(lines)
+    if lines:
+        study.draw_figure(path.with_suffix(".png"), partial(draw, lines), 3, (12.5, 4.2))
 
 
-def mean_and_spread(values: list[float | None]) -> str:
-    """ "mean +- standard deviation" of the values that are there."""
-    found = torch.tensor([v for v in values if v is not None], dtype=torch.float64)
-    return "-" if not len(found) else f"{found.mean():.2f} +- {found.std():.2f}" if len(found) > 1 else f"{found.mean():.2f}"
+def report(lines: list[dict]) -> None:
+    """The table over seeds, a line a setting."""
+    groups: dict[tuple, list[dict]] = {}
+    for line in sorted(lines, key=lambda x: (METHODS.index(x["method"]), x["coefficient"], x["n"])):
+        groups.setdefault((line["method"], line["coefficient"], line["n"]), []).append(line)
+    rows = []
+    for (method, kl, n), group in groups.items():
+        cells = [study.plus_minus([line[name] for line in group]) for name in COLUMNS]
+        rows.append([method, kl if method in ("SuperHF", "PPO") else "-", n, len(group), *cells])
+    study.print_table(["method", "coefficient", "n", "runs", *COLUMNS], rows)
 
 
-def report(lines: list[dict], figure_path: Path) -> None:
-    """The table over seeds, a line a setting, and the figure: rewards against the KL coefficient, METEOR over training, completions per prompt."""
-    print(f"\n{'method':15}{'coefficient':>12}{'n':>4}{'runs':>6}" + "".join(f"{name:>19}" for name in KEYS))
-    settings = sorted({(METHODS.index(x["method"]), x["coefficient"], x["n"]) for x in lines})
-    for index, kl, n in settings:
-        mine = [x for x in lines if (x["method"], x["coefficient"], x["n"]) == (METHODS[index], kl, n)]
-        cells = "".join(f"{mean_and_spread([x[name] for x in mine]):>19}" for name in KEYS)
-        print(f"{METHODS[index]:15}{kl if METHODS[index] in ('SuperHF', 'PPO') else '-':>12}{n:>4}{len(mine):>6}{cells}")
-    try:
-        import matplotlib
-    except ImportError:
-        print("No figure: pip install matplotlib")
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(12.5, 3.8))
-    most = max((x["n"] for x in lines if x["method"] == "SuperHF"), default=0)
-
-    def mean_of(found: list[dict], name: str) -> float:
-        return sum(x[name] for x in found) / len(found)
-
-    for method, marker in (("SuperHF", "o-"), ("PPO", "s--")):
-        kls = sorted({x["coefficient"] for x in lines if x["method"] == method and x["n"] in (most, 1 if method == "PPO" else most)})
-        some = [[x for x in lines if x["method"] == method and x["coefficient"] == kl and (method == "PPO" or x["n"] == most)] for kl in kls]
-        for name, colour in (("proxy_reward", "tab:red"), ("true_reward", "tab:blue"), ("meteor_similarity", "tab:gray")):
-            if kls:
-                axes[0].plot(kls, [mean_of(found, name) for found in some], marker, color=colour, markersize=4, label=f"{method}: {name.replace('_', ' ')}")
+def draw(lines: list[dict], axes: list) -> None:
+    """Rewards against the KL coefficient, METEOR over training, and completions per prompt."""
+    superhf = [line for line in lines if line["method"] == "SuperHF"]
+    most = max((line["n"] for line in superhf), default=0)
+    full = [line for line in superhf if line["n"] == most]
+    for method, group in (("SuperHF", full), ("PPO", [line for line in lines if line["method"] == "PPO"])):
+        draw_means(axes[0], method, group, "coefficient")
     axes[0].set_xlabel("KL coefficient")
-    for kl in sorted({x["coefficient"] for x in lines if x["method"] == "SuperHF"}):
-        courses = [x["course"] for x in lines if x["method"] == "SuperHF" and x["coefficient"] == kl and x["n"] == most and x["course"]]
-        if courses:
-            steps = [point[0] for point in courses[0]]
-            axes[1].plot(steps, [sum(course[i][3] or 0 for course in courses) / len(courses) for i in range(len(steps))], label=f"kl {kl:g}", linewidth=1.2)
-    axes[1].set_xlabel("step of SuperHF")
-    axes[1].set_ylabel("METEOR similarity")
-    counts = sorted({x["n"] for x in lines if x["method"] == "SuperHF" and x["coefficient"] == DEFAULT_KL})
-    for name, colour in (("proxy_reward", "tab:red"), ("true_reward", "tab:blue"), ("meteor_similarity", "tab:gray")):
-        found = [[x for x in lines if x["method"] == "SuperHF" and x["coefficient"] == DEFAULT_KL and x["n"] == n] for n in counts]
-        if counts:
-            axes[2].plot(counts, [mean_of(some, name) for some in found], "o-", color=colour, markersize=4, label=name.replace("_", " "))
+    draw_courses(axes[1], full)
+    default = [line for line in superhf if line["coefficient"] == DEFAULT_KL]
+    draw_means(axes[2], "SuperHF", default, "n")
     axes[2].set_xscale("log", base=2)
     axes[2].set_xlabel(f"completions per prompt, kl {DEFAULT_KL:g}")
     for axis in axes:
         if axis.has_data():
-            axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
-    figure.tight_layout()
-    figure.savefig(figure_path, dpi=110)
-    plt.close(figure)
-    print(f"Figure: {figure_path}")
+            axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+
+
+def draw_means(axis, method: str, lines: list[dict], name: str) -> None:
+    """Means over seeds of both rewards and of METEOR similarity against a setting of a method."""
+    settings = sorted({line[name] for line in lines})
+    axis.set_ylabel("reward, or METEOR similarity")
+    for quantity, dashes in QUANTITIES.items():
+        groups = [[line[quantity] for line in lines if line[name] == setting] for setting in settings]
+        means = [study.mean_and_std(values)[0] for values in groups]
+        if any(mean is not None for mean in means):
+            label = f"{method}: {quantity.replace('_', ' ')}"
+            axis.plot(settings, means, **study.points_of(method), linestyle=dashes, label=label)
+
+
+def draw_courses(axis, lines: list[dict]) -> None:
+    """METEOR similarity over training, a line a KL coefficient, from dark to light."""
+    import matplotlib
+
+    coefficients = sorted({line["coefficient"] for line in lines})
+    colours = matplotlib.colormaps["viridis"]
+    for i, kl in enumerate(coefficients):
+        courses = [line["course"] for line in lines if line["coefficient"] == kl and line["course"]]
+        if courses:
+            steps = [step for step, *_ in courses[0]]
+            means = [sum(course[j][3] or 0 for course in courses) / len(courses) for j in range(len(steps))]
+            look = {"color": colours(i / len(coefficients)), "marker": study.LOOKS[i % len(study.LOOKS)]["marker"]}
+            axis.plot(steps, means, **look, label=f"kl {kl:g}")
+    axis.set_xlabel("step of SuperHF")
+    axis.set_ylabel("METEOR similarity of answers")
 
 
 if __name__ == "__main__":

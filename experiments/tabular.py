@@ -1,17 +1,14 @@
-"""Tabular policies over three answers: population losses of four methods, their minimisers, and how pairs are drawn.
+"""Tabular policies over three answers: population losses of four methods, their minimisers, and how
+pairs are drawn.
 
-A policy is softmax(logits) with one logit an answer. A population loss is the exact expectation over pairs of two different answers and over
-Bradley-Terry labels, p(i beats j) = target_i / (target_i + target_j). DPO's and TYPO's losses are those of the scripts; IPO and f-DPO are here
-for comparison only.
+A policy is softmax(logits) with one logit an answer. A population loss is the exact expectation
+over pairs of two different answers and over Bradley-Terry labels,
+p(i beats j) = target_i / (target_i + target_j). DPO's and TYPO's losses are those of the scripts;
+IPO and f-DPO are here for comparison only.
 """
-
-import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dpo import dpo_loss
 from typo import forward_kl, typo_loss
@@ -25,32 +22,47 @@ def tensor(values) -> torch.Tensor:
 
 
 def pair_weights(draw: torch.Tensor) -> torch.Tensor:
-    """Probability of each ordered pair (i, j) of two different answers drawn independently with probabilities `draw`, [answers, answers]."""
+    """Probability of each ordered pair (i, j) of two different answers drawn independently with
+    probabilities `draw`, [answers, answers].
+    """
     weights = draw[:, None] * draw[None, :] * (1 - torch.eye(len(draw), dtype=draw.dtype))
     return weights / weights.sum()
 
 
 def label_weights(target: torch.Tensor, draw: torch.Tensor | None = None) -> torch.Tensor:
-    """Probability that a pair is drawn and i is preferred to j, [answers, answers]; `draw` None: uniform over answers."""
+    """Probability that a pair is drawn and i is preferred to j, [answers, answers]; `draw` None:
+    uniform over answers.
+    """
     draw = torch.ones_like(target) if draw is None else draw
     pairs = pair_weights(draw)
     return (pairs + pairs.T) * target[:, None] / (target[:, None] + target[None, :])
 
 
-def ipo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, tau: float) -> torch.Tensor:
+def ipo_loss(
+    policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, tau: float
+) -> torch.Tensor:
     """IPO (arXiv 2310.12036, equation 17): (h - 1/(2 tau))^2, [batch]."""
     h = (policy_chosen_logps - ref_chosen_logps) - (policy_rejected_logps - ref_rejected_logps)
     return (h - 1 / (2 * tau)) ** 2
 
 
-def f_dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, lam: float) -> torch.Tensor:
-    """f-DPO with the Jensen-Shannon divergence: DPO with log(2u/(1 + u)) in place of log u, u = pi/ref; [batch]."""
+def f_dpo_loss(
+    policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, lam: float
+) -> torch.Tensor:
+    """f-DPO with the Jensen-Shannon divergence: DPO with log(2u/(1 + u)) for log u, [batch].
+
+    u = pi/ref.
+    """
     chosen, rejected = policy_chosen_logps - ref_chosen_logps, policy_rejected_logps - ref_rejected_logps
     return -F.logsigmoid(lam * ((chosen - F.softplus(chosen)) - (rejected - F.softplus(rejected))))
 
 
-def population_loss(method: str, logits: torch.Tensor, ref: torch.Tensor, weights: torch.Tensor, lam: float) -> torch.Tensor:
-    """The exact loss of policies softmax(logits), [..., answers] -> [...]; `weights` [..., answers, answers] as from label_weights."""
+def population_loss(
+    method: str, logits: torch.Tensor, ref: torch.Tensor, weights: torch.Tensor, lam: float
+) -> torch.Tensor:
+    """The exact loss of policies softmax(logits), [..., answers] -> [...]; `weights` [..., answers,
+    answers] as from label_weights.
+    """
     logps = logits.log_softmax(-1)
     chosen = logps[..., :, None].expand(weights.shape)
     rejected = logps[..., None, :].expand(weights.shape)
@@ -65,16 +77,22 @@ def population_loss(method: str, logits: torch.Tensor, ref: torch.Tensor, weight
 
 
 def rlhf_objective(logits: torch.Tensor, target: torch.Tensor, ref: torch.Tensor, lam: float) -> torch.Tensor:
-    """sum_y pi(y) [-log pi*(y) + lambda log(pi(y)/ref(y))], the objective that DPO's unconstrained minimum solves; [..., answers] -> [...]."""
+    """sum_y pi(y) [-log pi*(y) + lambda log(pi(y)/ref(y))], the objective that DPO's unconstrained
+    minimum solves; [..., answers] -> [...].
+    """
     logps = logits.log_softmax(-1)
     return (logps.exp() * (-target.log() + lam * (logps - ref.log()))).sum(-1)
 
 
-def closed_form(method: str, target: torch.Tensor, ref: torch.Tensor, lam: float, draw: torch.Tensor | None = None) -> torch.Tensor:
-    """Log-probabilities of the population minimiser of DPO, f-DPO (however pairs are drawn) and IPO (pairs drawn uniformly).
+def closed_form(
+    method: str, target: torch.Tensor, ref: torch.Tensor, lam: float, draw: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Log-probabilities of the population minimiser of DPO, f-DPO (however pairs are drawn) and IPO
+    (pairs drawn uniformly).
 
-    DPO: ref * target^(1/lambda). f-DPO: ref * u with u = e/(2 - e), e = exp(c) target^(1/lambda), c such that it sums to 1. IPO: ref *
-    exp(mean over all answers of p(y beats y') / lambda), y itself with 1/2.
+    DPO: ref * target^(1/lambda). f-DPO: ref * u with u = e/(2 - e), e = exp(c) target^(1/lambda), c
+    such that it sums to 1. IPO: ref * exp(mean over all answers of p(y beats y') / lambda), y
+    itself with 1/2.
     """
     if method == "DPO":
         return (ref.log() + target.log() / lam).log_softmax(-1)
@@ -83,7 +101,8 @@ def closed_form(method: str, target: torch.Tensor, ref: torch.Tensor, lam: float
         return (ref.log() + wins / lam).log_softmax(-1)
     if method == "f-DPO":
         scaled = (target.log() - target.log().max()) / lam  # log e up to a constant; log e must stay below log 2
-        gap_low, gap_high = tensor(-60.0), tensor(60.0)  # log of the distance log 2 - c, which may be tiny: bisect on its logarithm
+        # Log of the distance log 2 - c, which may be tiny: bisect on its logarithm.
+        gap_low, gap_high = tensor(-60.0), tensor(60.0)
         for _ in range(200):
             middle = (gap_low + gap_high) / 2
             log_e = torch.log(tensor(2.0)) - middle.exp() + scaled
@@ -94,11 +113,18 @@ def closed_form(method: str, target: torch.Tensor, ref: torch.Tensor, lam: float
 
 
 def minimise(loss, start: torch.Tensor, steps: int = 200) -> torch.Tensor:
-    """Logits of a minimum of `loss(logits)`, by Newton's method with halved steps; `start` and the result [answers], centred."""
+    """Logits of a minimum of `loss(logits)`, by Newton's method with halved steps; `start` and the
+    result [answers], centred.
+    """
 
     def gradient_at(logits: torch.Tensor) -> torch.Tensor:
         point = logits.clone().requires_grad_()
         return torch.autograd.grad(loss(point), point)[0]
+
+    def improves(logits: torch.Tensor, step: torch.Tensor, gradient: torch.Tensor) -> bool:
+        # Near the minimum the loss no longer resolves a step that the gradient does.
+        moved = logits + step
+        return bool(loss(moved) < loss(logits) or gradient_at(moved).abs().max() < gradient.abs().max())
 
     logits = (start - start.mean()).detach()
     n = len(logits)
@@ -107,11 +133,13 @@ def minimise(loss, start: torch.Tensor, steps: int = 200) -> torch.Tensor:
         if gradient.abs().max() < 1e-14:
             break
         hessian = torch.autograd.functional.hessian(loss, logits)
-        values, vectors = torch.linalg.eigh(hessian + torch.ones(n, n, dtype=logits.dtype) / n)  # the constant direction does nothing: fix it
+        # A constant added to all logits does nothing; this term makes the matrix invertible.
+        hessian = hessian + torch.ones(n, n, dtype=logits.dtype) / n
+        values, vectors = torch.linalg.eigh(hessian)
         step = -(vectors @ ((vectors.T @ gradient) / values.abs().clamp_min(1e-12)))
-        step, size, now = step * min(1.0, 5.0 / step.abs().max().item()), 1.0, loss(logits)
-        # Near the minimum the loss no longer resolves a step that the gradient does.
-        while size > 1e-10 and not (loss(logits + size * step) < now or gradient_at(logits + size * step).abs().max() < gradient.abs().max()):
+        step = step * min(1.0, 5.0 / step.abs().max().item())
+        size = 1.0
+        while size > 1e-10 and not improves(logits, size * step, gradient):
             size /= 2
         if size <= 1e-10:
             break
@@ -119,8 +147,12 @@ def minimise(loss, start: torch.Tensor, steps: int = 200) -> torch.Tensor:
     return logits - logits.mean()
 
 
-def minimiser(method: str, target: torch.Tensor, ref: torch.Tensor, lam: float, draw: torch.Tensor | None = None) -> torch.Tensor:
-    """Probabilities of the population minimiser, [answers]: the closed form where there is one, else Newton's method from the reference."""
+def minimiser(
+    method: str, target: torch.Tensor, ref: torch.Tensor, lam: float, draw: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Probabilities of the population minimiser, [answers]: the closed form where there is one,
+    else Newton's method from the reference.
+    """
     if method in {"DPO", "f-DPO"} or (method == "IPO" and draw is None):
         return closed_form(method, target, ref, lam, draw).exp()
     weights = label_weights(target, draw)
@@ -137,6 +169,6 @@ def kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return (torch.special.xlogy(p, p) - torch.special.xlogy(p, q)).sum(-1)
 
 
-def row(words: str, *probabilities) -> str:
-    """A line of a printed table."""
-    return f"{words:>10}" + "".join("   " + " ".join(f"{x:.3f}" for x in p) for p in probabilities)
+def in_words(probabilities: torch.Tensor) -> str:
+    """Probabilities as a cell of a table."""
+    return " ".join(f"{p:.3f}" for p in probabilities)

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from common.processes import print0
+
 METRICS = {  # what the end table calls each metric, in this order
     "preference_accuracy": "preferred answer more likely than the other",
     "reward_accuracy": "preferred answer has the higher reward",
@@ -59,22 +61,22 @@ def print_end_table(columns: dict[str, dict], folder: Path, speed: float | None)
         states = [column[split] for column in columns.values()]
         names = [name for name in METRICS if any(metrics.get(name) is not None for metrics in states)]
         if names:
-            print(f"\n{trained if split == 'held_out' else 'On unseen questions':66}{heads}")
+            print0(f"\n{trained if split == 'held_out' else 'On unseen questions':66}{heads}")
         for name in names:
             cells = "".join(f"{cell(metrics, name):>{width}}" for metrics in states)
-            print(f"  {f'{METRICS[name]} ({name})':64}{cells}")
+            print0(f"  {f'{METRICS[name]} ({name})':64}{cells}")
     print_samples({name: column["held_out"].get("samples", []) for name, column in columns.items()})
-    print(f"\n{speed or 0:,.0f} tokens a second. The model, its metrics and summary.json are in {folder}")
+    print0(f"\n{speed or 0:,.0f} tokens a second. The model, its metrics and summary.json are in {folder}")
 
 
 def print_samples(samples: dict[str, list]) -> None:
     """Three samples of each state of the model, below their prompt where they have one."""
     for i in range(max(map(len, samples.values()))):
-        print("\nSampled" if i == 0 else "")
+        print0("\nSampled" if i == 0 else "")
         for name, items in samples.items():
             prompt, text = ("", items[i]) if isinstance(items[i], str) else items[i]
             prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
             if prompt and name == next(iter(samples)):
-                print(f"  {prompt.strip()[-300:]}")
+                print0(f"  {prompt.strip()[-300:]}")
             lines = [line[:400] for line in text.strip("\n").split("\n")[:12]]
-            print(f"    {name.replace('_', ' '):18}" + f"\n{'':22}".join(lines))
+            print0(f"    {name.replace('_', ' '):18}" + f"\n{'':22}".join(lines))

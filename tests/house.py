@@ -49,7 +49,7 @@ LAYERS = [
     ["common.files", "toy", "toy.world", "report", "report.table", "report.curves", "report.trackers"],
     ["toy.base", "toy.documents"],
     ["common.models", "common.data"],
-    ["common.checkpoints", "common.summary"],
+    ["common.checkpoints", "report.facts"],
     ["common.run", "common.evaluate", "labelled", "labelled.rows", "rewards", "rewards.metrics", "rewards.models"],
     ["rewards.prompts", "pretraining", "pretraining.flops", "pretraining.scorers"],
     ["pretraining.corpus"],

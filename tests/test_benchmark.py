@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import pairs
+from benchmarks import inputs, pairs
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def quick(tmp_path, *flags: str) -> dict:
     """Results of the smoke test, by system."""
     command = [sys.executable, "benchmarks/pairs.py", "--quick", "--output", str(tmp_path / "out.json"), *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr
     report = json.loads((tmp_path / "out.json").read_text())
     assert {"command", "commit", "date", "machine", "threads", "versions"} <= report.keys()
     return report["results"][0]
@@ -68,19 +68,19 @@ def test_a_difference_is_found(changed):
 
 
 def test_batches_are_those_of_the_plan():
-    batches = pairs.make_batches("tiny", 512, batch_size=3, steps=2)
+    batches = inputs.make_batches("tiny", 512, batch_size=3, steps=2)
     assert [len(batch) for batch in batches] == [3, 3]
-    assert batches == pairs.make_batches("tiny", 512, batch_size=3, steps=2)
+    assert batches == inputs.make_batches("tiny", 512, batch_size=3, steps=2)
     assert all(
         len(row["prompt"]) == 24 and list(map(len, row["completions"])) == [8, 8] for batch in batches for row in batch
     )
 
 
 def test_real_rows_fit(preference_data):
-    rows = pairs.real_rows(preference_data, 16, vocabulary=1000)
+    rows = inputs.real_rows(preference_data, 16, vocabulary=1000)
     assert len(rows) == 16
     assert all(
-        len(row["prompt"]) + len(ids) <= pairs.LONGEST and max(row["prompt"] + ids) < 1000
+        len(row["prompt"]) + len(ids) <= inputs.LONGEST and max(row["prompt"] + ids) < 1000
         for row in rows
         for ids in row["completions"]
     )

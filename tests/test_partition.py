@@ -1,4 +1,6 @@
-"""The study of the partition function: what each way of handling it ends in, and the toy's labels."""
+"""experiments/partition.py: what each way of handling the partition function ends in, and the toy's
+labels.
+"""
 
 import json
 import math
@@ -6,9 +8,9 @@ import math
 import pytest
 import torch
 
-from common import toy
 from experiments import partition
 from experiments.tabular import tensor
+from toy import world
 
 A, B = (0.644, 0.237, 0.087, 0.032), (0.455, 0.276, 0.167, 0.102)  # the optima, the same for both prompts
 TABLE = {
@@ -39,11 +41,11 @@ def test_where_each_handling_ends(case):
 @pytest.mark.parametrize("kind", ["binary", "continuous"])
 def test_one_value_a_prompt_is_exact_and_nothing_else_is(kind):
     policy, shift = partition.optimum(kind)
-    found = {handling: partition.tabular(kind, handling) for handling in partition.HANDLINGS}
-    torch.testing.assert_close(found["one value a prompt"][0], policy, atol=1e-4, rtol=0)
-    torch.testing.assert_close(found["one value a prompt"][1], shift, atol=1e-3, rtol=0)
+    ends = {handling: partition.tabular(kind, handling) for handling in partition.HANDLINGS}
+    torch.testing.assert_close(ends["one value a prompt"][0], policy, atol=1e-4, rtol=0)
+    torch.testing.assert_close(ends["one value a prompt"][1], shift, atol=1e-3, rtol=0)
     for handling in partition.HANDLINGS[:3]:
-        assert (found[handling][0] - policy).abs().max() > 0.05
+        assert (ends[handling][0] - policy).abs().max() > 0.05
 
 
 def test_labels_of_the_toy_follow_reward_and_difficulty(tmp_path, toy_base):
@@ -52,7 +54,7 @@ def test_labels_of_the_toy_follow_reward_and_difficulty(tmp_path, toy_base):
     for d in (-3.0, 0.0, 3.0):
         mine = [row for row in rows if partition.difficulty(row["prompt"]) == d]
         expected = [
-            1 / (1 + math.exp(-toy.true_reward(toy.row_of(row["prompt"]), row["completion"]) - d)) for row in mine
+            1 / (1 + math.exp(-world.true_reward(world.row_of(row["prompt"]), row["completion"]) - d)) for row in mine
         ]
         assert len(mine) > 1000
         assert sum(row["label"] for row in mine) / len(mine) == pytest.approx(sum(expected) / len(expected), abs=0.04)

@@ -1,12 +1,14 @@
-"""experiments/reward_hacking.py: its grid, its judgement, and a small run that goes on where it stopped."""
+"""experiments/reward_hacking.py: its grid, its judgement, and a small run that goes on where it
+stopped.
+"""
 
 import json
 
 import pytest
 
-from common import toy
 from experiments import reward_hacking
 from tests.runs import start_process
+from toy import world
 
 
 def test_every_run_is_in_the_grid_once():
@@ -16,14 +18,14 @@ def test_every_run_is_in_the_grid_once():
 
 
 def test_answers_are_judged_by_both_rewards():
-    rows = toy.questions()[:2]
+    rows = world.questions()[:2]
     long = "well , let me think about that for a while : it is {} ."
-    found = reward_hacking.judged(rows, [[long.format(row["right"])] for row in rows], 0)
-    assert found["proxy_reward"] == pytest.approx(1.7)
-    assert found["true_reward"] == pytest.approx(0.3)
-    assert (found["right_share"], found["length"], found["duplicate_share"]) == (1.0, 15.0, 0.0)
-    if found["meteor_similarity"] is not None:  # 14 of 15 words are the same
-        assert found["meteor_similarity"] > 0.8
+    metrics = reward_hacking.judge_answers(rows, [[long.format(row["right"])] for row in rows], 0)
+    assert metrics["proxy_reward"] == pytest.approx(1.7)
+    assert metrics["true_reward"] == pytest.approx(0.3)
+    assert (metrics["right_share"], metrics["length"], metrics["duplicate_share"]) == (1.0, 15.0, 0.0)
+    if metrics["meteor_similarity"] is not None:  # 14 of 15 words are the same
+        assert metrics["meteor_similarity"] > 0.8
 
 
 @pytest.mark.slow

@@ -60,5 +60,9 @@ def machine(device) -> dict:
 
 
 def sources(model_folder: str, data_sha256: str) -> dict:
-    """Hashes of what a run read: the rows, and the weights that it began with, if any."""
-    return {"data_sha256": data_sha256, "model_sha256": sha256_of_model(model_folder) if model_folder else None}
+    """Hashes of what a run read: the rows, and the weights that it began with, if any.
+
+    model_folder: empty for a new model; a download of the hub's has its revision in its path."""
+    revision = Path(model_folder).name if Path(model_folder).parent.name == "snapshots" else None
+    weights = sha256_of_model(model_folder) if model_folder else None
+    return {"data_sha256": data_sha256, "model_sha256": weights, "model_revision": revision}
