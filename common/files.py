@@ -10,6 +10,8 @@ import os
 import sys
 import zlib
 from collections import Counter
+from datetime import date, time, timedelta
+from decimal import Decimal
 from pathlib import Path
 
 from common import InputError, first_line, one_line
@@ -71,7 +73,15 @@ def read_rows(source: str) -> list[tuple[str, dict]]:
     for where, row in rows:
         if not isinstance(row, dict):
             raise InputError(f"{where}: expected an object with named fields, found {type(row).__name__}.")
+        if is_deep(row):
+            raise InputError(f"{where}: lists or objects stand in one another more than 100 deep.")
     return rows
+
+
+def is_deep(value, limit: int = 100) -> bool:
+    """Whether lists and objects stand in one another so deep that json could not write them."""
+    inner = value.values() if isinstance(value, dict) else value
+    return limit < 0 or any(is_deep(v, limit - 1) for v in inner if isinstance(v, (dict, list)))
 
 
 def decode_text(source: str, content: bytes) -> str:
@@ -195,9 +205,7 @@ def check_hub_id(name: str, kind: str, flag: str = "") -> None:
                 ) from None
     try:
         huggingface_hub.snapshot_download(name, repo_type=kind, local_files_only=True)
-        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = (
-            "1"  # cached: use that copy, do not retry the hub
-        )
+        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # the cached copy, no retries
         huggingface_hub.constants.HF_HUB_OFFLINE = True
     except Exception:
         raise InputError(
@@ -233,11 +241,13 @@ def read_hub(name: str) -> dict[str, list[tuple[str, dict]]]:
 
 
 def plain(value):
-    """Numbers fit for JSON: nan and infinities become None."""
+    """A value fit for JSON: nan and infinities become None, times and bytes become text."""
     if isinstance(value, dict):
         return {k: plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(v) for v in value]
+    if isinstance(value, (date, time, timedelta, Decimal, bytes)):
+        return str(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -245,7 +255,7 @@ def read_json(path: Path, flag: str = "", expected: str = "expected JSON"):
     """The JSON value of a file; InputError where it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{flag}{path} cannot be read ({first_line(error)}); {expected}.") from None
 
 
