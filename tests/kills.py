@@ -1,10 +1,10 @@
 """Runs that are killed again and again: `python -m tests.kills [script ...] [--kills 20]`.
 
 Each script trains on the toy in a process of its own, with a checkpoint after every step, is killed
-with SIGKILL at a random moment, and goes on with --resume until it is finished. Weights,
-metrics.jsonl, candidates.jsonl and summary.json must then be those of a run that nobody disturbed,
-bit for bit; of the summary all but the time, the speed and the memory. A run that is finished before
-the last kill is compared and begun anew.
+with SIGKILL at a random moment, at times while it saves, and goes on with --resume until it is
+finished. Weights, metrics.jsonl, candidates.jsonl and summary.json must then be those of a run that
+nobody disturbed, bit for bit; of the summary all but time, speed and memory. A run that is finished
+before the last kill is compared and begun anew.
 
 The processes are forked from this one, which has torch and transformers loaded: a start takes no
 time, and the kills fall on what the scripts do.
@@ -27,8 +27,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMON = "--max-steps 5 --save-every 1 --eval-every 2 --log-every 2".split()
-ALIGNMENT = [*COMMON, *"--batch-size 8 --micro-batch-size 4 --kl-samples 12 --max-new-tokens 12".split()]
+STEPS = 9
+COMMON = f"--max-steps {STEPS} --save-every 1 --eval-every 2 --log-every 2".split()
+ALIGNMENT = [*COMMON, *"--batch-size 8 --micro-batch-size 4 --kl-samples 8 --max-new-tokens 12".split()]
 PRETRAINING = [*COMMON, *"--batch-size 4 --micro-batch-size 2 --samples 12 --max-new-tokens 12 --tokens 2e3".split()]
 FLAGS = {  # of the method: what has a state of its own
     "dph": "--head-dropout 0.2 --prior-decay 0.1 --n 3".split(),
@@ -49,9 +50,7 @@ def words_of(script: str, name: str, folder: Path) -> list[str]:
     """The command line of a new run."""
     flags = PRETRAINING if script.endswith("_pretrain") else ALIGNMENT
     if script == "reward_model":
-        flags = [
-            word for i, word in enumerate(flags) if not {"--kl-samples", "--max-new-tokens"} & set(flags[i - 1 : i + 1])
-        ]
+        flags = flags[: flags.index("--kl-samples")]  # it samples nothing
     return [*flags, *FLAGS.get(script, []), "--name", name, "--output-dir", str(folder)]
 
 
@@ -93,16 +92,26 @@ def start(script: str, words: list[str], log: Path) -> int:
         os._exit(status)
 
 
-def wait(process: int, seconds: float = 600) -> int | None:
-    """The exit status of a process, minus the signal where one ended it; None: it still runs."""
+def wait(process: int, seconds: float = 600, is_time=lambda: True) -> int | None:
+    """The exit status of a process, minus the signal where one ended it; None: it still runs, some
+    seconds have passed, and then it is time."""
     end = time.monotonic() + seconds
     while True:
         ended, status = os.waitpid(process, os.WNOHANG)
         if ended:
             return os.waitstatus_to_exitcode(status)
-        if time.monotonic() > end:
+        if time.monotonic() > end and is_time():
             return None
-        time.sleep(0.002)
+        time.sleep(0.001)
+
+
+def wait_for_a_moment(process: int, run: Path, seconds: float, rng: random.Random) -> int | None:
+    """Waits until a process is to be killed, every third time while it writes a checkpoint; its
+    exit status where it ends before."""
+    if rng.random() < 2 / 3:
+        return wait(process, rng.uniform(0, seconds))
+    status = wait(process, rng.uniform(0, seconds / 2), lambda: any((run / "checkpoints").glob("part-*")))
+    return wait(process, rng.uniform(0, 0.03)) if status is None else status
 
 
 def kill(process: int) -> None:
@@ -124,7 +133,7 @@ def moment_of(folder: Path) -> str:
         return "in a file"
     if not names:
         return "before the first checkpoint"
-    return "after the last step" if names == ["step-00000005"] else "between steps"
+    return "after the last step" if names == [f"step-{STEPS:08d}"] else "between steps"
 
 
 def facts_of(folder: Path) -> dict:
@@ -155,7 +164,7 @@ def kill_again_and_again(script: str, kills: int, folder: Path, rng: random.Rand
         while True:
             words = ["--resume", str(run)] if run.exists() else words_of(script, run.name, folder)
             process = start(script, words, log)
-            status = wait(process, rng.uniform(0, seconds) if kills else 600)
+            status = wait_for_a_moment(process, run, seconds, rng) if kills else wait(process)
             if status is None:
                 kill(process)
                 kills -= 1
@@ -167,8 +176,6 @@ def kill_again_and_again(script: str, kills: int, folder: Path, rng: random.Rand
                 break
             counts["finished"] += 1
             faults += [f"{run.name}: {name} is not as without kills" for name in differences(run, whole)]
-            break
-        if kills <= 0:
             break
     return counts, faults
 
