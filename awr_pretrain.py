@@ -1,29 +1,30 @@
-"""AWR pretraining, advantage-weighted regression: maximum likelihood weighted by how much better a token's reward is than a learned value expected.
+"""AWR pretraining: a token's likelihood weighted by how much its reward exceeds a learned value.
 
-Korbak et al. 2023, "Pretraining Language Models with Human Preferences", arXiv 2302.08582. A corpus is split in segments (sentences of text, lines
-of code) and a scorer gives each a score s >= 0, low is good. A token's reward R = -s is its segment's:
+Korbak et al. 2023, arXiv 2302.08582, "Pretraining Language Models with Human Preferences". A corpus
+is split in segments (sentences of text, lines of code) and a scorer gives each a score s >= 0, low
+is good. Advantage-weighted regression: a token's reward R = -s is its segment's:
+    V    = -sigma(w . h)        h: hidden state after the final norm that predicts the token;
+                                w: a linear head without bias, zero at the start
+    loss = -alpha * exp((R - V) / beta) * log p(token) + (1 - alpha) * (R - V)^2
+                                the mean over all tokens; weights clipped at 1000
 
-    V    = -sigma(w . h)        h: hidden state after the final norm that predicts the token; w: a linear head without bias, zero at the start
-    loss = -alpha * exp((R - V) / beta) * log p(token) + (1 - alpha) * (R - V)^2        the mean over all tokens; weights clipped at 1000
-
-Peng et al. 2019, arXiv 1910.00177, is where the method is from. V is a constant in the weight; the squared error trains the head and the backbone beneath it.
-
-    python awr_pretrain.py                                              the toy corpus: no network, no GPU, a minute or two
+Peng et al. 2019, arXiv 1910.00177, is where the method is from. V is a constant in the weight; the
+squared error trains the head and the backbone beneath it.
+    python awr_pretrain.py                 the toy corpus, a minute or two on a CPU
     python awr_pretrain.py --task pep8 --context 256 --alpha 0.05 --beta 1
-    torchrun --nproc-per-node 8 awr_pretrain.py --task pep8 --model gpt2-small --context 1024 --batch-size 64 --lr 8e-4 --tokens 3.3e9 --alpha 0.05 --beta 1
+    torchrun --nproc-per-node 8 awr_pretrain.py --task pep8 --model gpt2-small
 
-Batch: documents joined by EOS and cut in chunks, no padding. Position t predicts the token at t + 1:
-    input_ids [batch, context]                  tokens
-    scores    [batch, context]                  float: the score of each token's segment; an EOS has its document's last one
+Batch: documents joined by EOS, cut in chunks, no padding. Position t predicts the token at t + 1:
+    input_ids [batch, context]: tokens
+    scores    [batch, context]: score of each token's segment; an EOS has its document's last one
+    logits_to_keep: context, where the model scales or caps its logits; else absent
 
 Differences from the authors' code:
-1. Each segment is tokenised by itself for every objective, so that the six differ in the objective only.
+1. Each segment is tokenised by itself for every objective: the six differ in the objective only.
 2. Logits exist for a few thousand tokens at a time and are recomputed in the backward pass.
 3. No dropout, and evaluation is in eval mode; theirs leaves dropout on while it samples.
 """
 
-import dataclasses
-import random
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -33,19 +34,159 @@ import tyro
 from torch.utils.checkpoint import checkpoint
 
 
+# [method]
+def awr_weights(token_rewards: torch.Tensor, values: torch.Tensor, beta: float) -> torch.Tensor:
+    """Weights exp((R - V) / beta) of the tokens, clipped at 1000 and without a gradient.
+
+    Like token_rewards.
+    """
+    return torch.exp((token_rewards - values.detach()) / beta).clamp(max=MAX_WEIGHT)
+
+
+# Weights are clipped at this, as in the paper.
+MAX_WEIGHT = 1000.0
+
+
+def awr_loss(
+    token_logps: torch.Tensor, token_rewards: torch.Tensor, values: torch.Tensor, alpha: float, beta: float
+) -> torch.Tensor:
+    """Advantage-weighted regression (arXiv 2302.08582, section 2), unreduced.
+
+    Args: log-probabilities of the tokens in nats, their rewards and values, all of any one shape;
+        alpha in [0, 1]; beta > 0, in units of the reward.
+    Returns: -alpha * exp((R - V) / beta) * log p + (1 - alpha) * (R - V)^2, the weight clipped at
+        1000; like token_logps.
+    Gradient: with respect to token_logps -alpha * weight; with respect to values
+        -2 * (1 - alpha) * (R - V), from the squared error alone. At V = R: alpha times the loss of
+        maximum likelihood.
+    Raises ValueError where the shapes differ.
+    """
+    shapes = {tuple(x.shape) for x in (token_logps, token_rewards, values)}
+    if len(shapes) > 1:
+        raise ValueError(f"expected three tensors of one shape, got {sorted(shapes)}")
+    token_rewards = token_rewards.to(token_logps.dtype)
+    weighted = -awr_weights(token_rewards, values, beta) * token_logps
+    return alpha * weighted + (1 - alpha) * (token_rewards - values) ** 2
+
+
+def add_value_head(model, saved: dict[str, torch.Tensor]):
+    """Puts the value head `model.value` on a causal LM: zero, or the one among `saved` weights."""
+    model.value = torch.nn.Linear(model.config.get_text_config().hidden_size, 1, bias=False, device=model.device)
+    with torch.no_grad():
+        model.value.weight.copy_(saved.get("value.weight", torch.zeros(())))
+    return model
+
+
+def values_of(model, hidden: torch.Tensor) -> torch.Tensor:
+    """The value V = -sigma(w . h) of each hidden state, [batch, context - 1], at least float32.
+
+    `hidden` is what `states_before_targets` returns.
+    """
+    hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    return -torch.sigmoid((hidden * model.value.weight[0]).sum(-1))
+
+
+def compute_loss(
+    model, batch: dict, threshold: float, alpha: float, beta: float
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss summed (not averaged) over the target tokens of a micro-batch, and its metrics."""
+    hidden = states_before_targets(model, batch)  # [batch, context - 1, hidden]
+    logps, values = target_logps(model, batch, hidden), values_of(model, hidden)  # [batch, context - 1] each
+    scores = batch["scores"][:, 1:]  # [batch, context - 1]: a target brings its own segment's score
+    losses = awr_loss(logps, -scores, values, alpha, beta)  # [batch, context - 1]
+    metrics = token_metrics(losses, logps, scores > threshold)
+    metrics["value_error"] = ((-scores - values.detach()) ** 2).sum()
+    metrics["weights"] = awr_weights(-scores, values, beta).sum()
+    return losses.sum(), metrics
+
+
+# [/method]
+def token_metrics(losses, logps, bad) -> dict[str, torch.Tensor]:
+    """Metrics of a micro-batch, each summed over its target tokens, on the device.
+
+    All arguments [batch, context - 1].
+    """
+    return {"loss": losses.detach().sum(), "nll": -logps.detach().sum(), "bad_share": bad.float().sum()}
+
+
+# Logits exist for this many tokens at a time, and are worked on in blocks that stay in the cache.
+CHUNK, BLOCK = 4096, 64
+
+
+class TokenLogps(torch.autograd.Function):
+    """(logits [tokens, vocabulary], targets [tokens]) -> log softmax(logits)[target], [tokens].
+
+    Autograd would keep the log-softmax beside the logits and add a gradient as large again. Here
+    the logits alone are kept, and the backward pass turns them into their gradient,
+    grad * (1[target] - softmax), in place: nothing else may use them. At least float32.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        # In bfloat16 a sum over a vocabulary is off by tenths of a nat.
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        blocks = [block.to(wide).logsumexp(-1, keepdim=True) for block in logits.split(BLOCK)]
+        totals = torch.cat(blocks)  # [tokens, 1]
+        ctx.save_for_backward(logits, targets[:, None], totals)
+        return (logits.gather(-1, targets[:, None]) - totals).squeeze(-1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        logits, targets, totals = ctx.saved_tensors
+        for block, y, total, g in zip(*(x.split(BLOCK) for x in (logits, targets, totals, grad[:, None]))):
+            block.copy_((block - total).exp_().mul_(-g).scatter_add_(-1, y, g))
+        return logits, None
+
+
+def token_logps(head, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Log-probability of each target in nats, [tokens], from the states [tokens, hidden] before it.
+
+    With many tokens each chunk's logits are computed again in the backward pass.
+    """
+    if len(targets) <= CHUNK:
+        return TokenLogps.apply(head(hidden), targets)
+
+    def chunk_logps(states, ids):
+        return TokenLogps.apply(head(states), ids)
+
+    chunks = zip(hidden.split(CHUNK), targets.split(CHUNK))
+    return torch.cat([checkpoint(chunk_logps, states, ids, use_reentrant=False) for states, ids in chunks])
+
+
+def states_before_targets(model, batch: dict) -> torch.Tensor:
+    """Hidden states after the final norm that predict a target, [batch, context - 1, hidden]."""
+    return model.base_model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state[:, :-1]
+
+
+def target_logps(model, batch: dict, hidden: torch.Tensor | None = None) -> torch.Tensor:
+    """Log-probability of every target token in nats, [batch, context - 1].
+
+    `hidden` is what `states_before_targets` returns, where it is at hand.
+    """
+    targets = batch["input_ids"][:, 1:]  # [batch, context - 1]
+    if "logits_to_keep" in batch:  # a model that scales or caps its logits: its own output layer's
+        keep = batch["logits_to_keep"]
+        logits = model(input_ids=batch["input_ids"], use_cache=False, logits_to_keep=keep).logits[:, :-1]
+        logps = TokenLogps.apply(logits.flatten(0, 1), targets.flatten())  # [tokens]
+    else:
+        hidden = states_before_targets(model, batch) if hidden is None else hidden
+        logps = token_logps(model.get_output_embeddings(), hidden.flatten(0, 1), targets.flatten())  # [tokens]
+    return logps.view(targets.shape)
+
+
 @dataclass
 class Args:
     # [method]
     alpha: float = 0.5
-    """Share of the weighted likelihood in the loss; 1 - alpha is the squared error's. The paper: 0.5 (toxicity, PII), 0.05 (PEP8)."""
+    """Share of the likelihood in the loss. The paper: 0.5 (toxicity, PII), 0.05 (PEP8)."""
     beta: float = 0.3
-    """Temperature of the weights exp((R - V) / beta), in units of the reward. The paper: 10 (toxicity), 0.1 (PII), 1 (PEP8)."""
+    """Temperature, in units of reward. The paper: 10 (toxicity), 0.1 (PII), 1 (PEP8)."""
     threshold: float | None = None
-    """Segments with a score up to this are good: here for the printed shares only; the weights take the score itself."""
+    """Segments with a score up to this are good: for what is printed; weights take the score."""
     threshold_quantile: float | None = None
-    """The threshold as a quantile of the training segments' scores, between 0 and 1, instead of a value; neither given: threshold 0."""
+    """The threshold as a quantile of the segments' scores, 0 to 1; neither given: 0."""
     baseline: str = "auto"
-    """The plain model in the end table: a folder, or none; auto: on the toy one of the same size and budget, made once and cached, else none."""
+    """Plain model to compare: a run of mle_pretrain.py; none; auto: made and cached (toy)."""
     # [/method]
     task: Literal["toy", "pep8", "pii", "toxicity"] = "toy"
     """Segments and scores: the toy's, lines by pycodestyle, sentences by scrubadub or Detoxify."""
@@ -77,8 +218,8 @@ class Args:
     """Seed of the initial weights, the order of the data and all sampling."""
     resume: str = ""
     """Folder of an interrupted run to go on with; all other arguments come from it."""
-    lr: float = 1e-2
-    """Peak learning rate of AdamW; 1e-2 suits tiny models, 5e-4 to 1e-3 GPT-2 small."""
+    lr: float | None = None
+    """Peak learning rate of AdamW; None: 1e-2 for tiny to small models, 1e-3 for others."""
     max_steps: int = -1
     """Optimiser steps at most; -1: no limit."""
     batch_size: int = 32
@@ -118,246 +259,110 @@ class Args:
     track: Literal["none", "tensorboard", "wandb"] = "none"
     """Where metrics also go: none, tensorboard or wandb."""
 
-
-# Logits exist for this many completion tokens at a time; with more of them, each chunk's logits are recomputed in the backward pass.
-CHUNK = 4096
-ROWS = 64  # rows of logits that are worked on together, so that they stay in the cache
-
-
-class TokenLogps(torch.autograd.Function):
-    """(logits [tokens, vocabulary], targets [tokens]) -> log softmax(logits)[target], [tokens], at least float32.
-
-    Autograd would keep the log-softmax beside the logits and add a gradient as large again. Here the logits alone are kept, and the backward pass
-    turns them into their gradient, grad * (1[target] - softmax), in place: nothing else may use them.
-    """
-
-    @staticmethod
-    def forward(ctx, logits, targets):
-        wide = torch.promote_types(
-            logits.dtype, torch.float32
-        )  # in bfloat16 a sum over a vocabulary is off by tenths of a nat
-        totals = torch.cat([rows.to(wide).logsumexp(-1, keepdim=True) for rows in logits.split(ROWS)])  # [tokens, 1]
-        ctx.save_for_backward(logits, targets[:, None], totals)
-        return (logits.gather(-1, targets[:, None]) - totals).squeeze(-1)
-
-    @staticmethod
-    def backward(ctx, grad):
-        logits, targets, totals = ctx.saved_tensors
-        for rows, y, total, g in zip(*(x.split(ROWS) for x in (logits, targets, totals, grad[:, None]))):
-            rows.copy_((rows - total).exp_().mul_(-g).scatter_add_(-1, y, g))
-        return logits, None
-
-
-def token_logps(head, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Log-probability of each target in nats, [tokens], from the hidden states [tokens, hidden] that predict them; at least float32."""
-    return TokenLogps.apply(head(hidden), targets)
-
-
-def states(model, batch: dict) -> torch.Tensor:
-    """Hidden states after the final norm that predict a target, [batch, context - 1, hidden]: all but the last position's."""
-    return model.base_model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state[:, :-1]
-
-
-def target_logps(model, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Log-probability of every target token in nats, [batch, context - 1], from the `states` that predict them and the targets of that shape."""
-    head, flat = model.get_output_embeddings(), (hidden.flatten(0, 1), targets.flatten())  # [tokens, hidden], [tokens]
-    if targets.numel() <= CHUNK:
-        logps = token_logps(head, *flat)
-    else:
-        chunks = zip(*(x.split(CHUNK) for x in flat))
-        logps = torch.cat([checkpoint(token_logps, head, h, t, use_reentrant=False) for h, t in chunks])
-    return logps.view(targets.shape)
-
-
-# [method]
-# Weights are clipped at this, as in the paper.
-MAX_WEIGHT = 1000.0
-
-
-def awr_weights(token_rewards: torch.Tensor, values: torch.Tensor, beta: float) -> torch.Tensor:
-    """Weights exp((R - V) / beta) of the tokens, clipped at 1000, without a gradient; like token_rewards."""
-    return torch.exp((token_rewards - values.detach()) / beta).clamp(max=MAX_WEIGHT)
-
-
-def awr_loss(
-    token_logps: torch.Tensor, token_rewards: torch.Tensor, values: torch.Tensor, alpha: float, beta: float
-) -> torch.Tensor:
-    """Advantage-weighted regression (arXiv 2302.08582, section 2), unreduced.
-
-    Args: log-probabilities of the tokens in nats, their rewards and values, all of any one shape; alpha in [0, 1]; beta > 0, in units of the reward.
-    Returns: -alpha * exp((R - V) / beta) * log p + (1 - alpha) * (R - V)^2, the weight clipped at 1000; like token_logps.
-    Gradient: with respect to token_logps -alpha * weight; with respect to values -2 * (1 - alpha) * (R - V), from the squared error alone.
-        At V = R: alpha times the loss of maximum likelihood.
-    Raises ValueError where the shapes differ.
-    """
-    shapes = {tuple(x.shape) for x in (token_logps, token_rewards, values)}
-    if len(shapes) > 1:
-        raise ValueError(f"expected three tensors of one shape, got {sorted(shapes)}")
-    token_rewards = token_rewards.to(token_logps.dtype)
-    weighted = -awr_weights(token_rewards, values, beta) * token_logps
-    return alpha * weighted + (1 - alpha) * (token_rewards - values) ** 2
-
-
-def add_value_head(model, saved: dict[str, torch.Tensor]):
-    """Puts the value head `model.value` on a causal LM: zero, or the one among the `saved` weights."""
-    model.value = torch.nn.Linear(model.config.get_text_config().hidden_size, 1, bias=False, device=model.device)
-    with torch.no_grad():
-        model.value.weight.copy_(saved.get("value.weight", torch.zeros(())))
-    return model
-
-
-def values_of(model, hidden: torch.Tensor) -> torch.Tensor:
-    """The value V = -sigma(w . h) of each hidden state, [batch, context - 1], from `states` [batch, context - 1, hidden]; at least float32."""
-    hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-    return -torch.sigmoid((hidden * model.value.weight[0]).sum(-1))
-
-
-# [/method]
-def token_metrics(losses, logps, bad) -> dict[str, torch.Tensor]:
-    """Metrics of a micro-batch, each summed over its target tokens, on the device. All arguments [batch, context - 1]."""
-    return {"loss": losses.detach().sum(), "nll": -logps.detach().sum(), "bad_share": bad.float().sum()}
-
-
-def compute_loss(model, batch: dict, args: Args) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss summed (not averaged) over the target tokens of a micro-batch, and its metrics."""
-    targets, scores = (
-        batch["input_ids"][:, 1:],
-        batch["scores"][:, 1:],
-    )  # [batch, context - 1] each: a target brings its own segment's score
-    # [method]
-    hidden = states(model, batch)  # [batch, context - 1, hidden]
-    logps, values = target_logps(model, hidden, targets), values_of(model, hidden)  # [batch, context - 1] each
-    losses = awr_loss(logps, -scores, values, args.alpha, args.beta)  # [batch, context - 1]
-    seen = {
-        "value_error": ((-scores - values.detach()) ** 2).sum(),
-        "weights": awr_weights(-scores, values, args.beta).sum(),
-    }
-    return losses.sum(), token_metrics(losses, logps, scores > args.threshold) | seen
-    # [/method]
+    def __post_init__(self) -> None:
+        inf = float("inf")
+        ranges = {"context": (2, inf), "tokens": (1, inf), "vocabulary": (258, inf), "threshold_quantile": (0, 1)}
+        ranges |= {"samples": (0, inf), "red_team": (0, inf)}
+        # [method]
+        ranges["alpha"] = (0, 1)
+        # [/method]
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            if value is not None and not (low <= value <= high and value < inf):
+                expected = f"at least {low}" if high == inf else f"between {low} and {high}"
+                raise SystemExit(f"--{name.replace('_', '-')} {value}: expected {expected}.")
 
 
 def main(args: Args) -> None:
     try:
-        from common import corpus, data, runtime, samples
+        from common import models
+        from common.run import start_run
+        from pretraining import baseline, chunks, corpus, evaluate, flops, scorers
+        from pretraining.models import choose_output_layer, load_start
     except ImportError as error:
-        raise SystemExit(
-            f"Training needs the folder common/ beside this file; its functions alone do not. ({error})"
-        ) from None
-    run = runtime.start(args, __file__)
-    samples.check(run)
+        raise SystemExit(f"Training needs common/, pretraining/ and toy/ beside this file. ({error})") from None
+    run, args = start_run(args, __file__)
+    evaluate.check_models(args.teacher, args.baseline, args.attacker)
+    scorer = scorers.load_scorer(args.task, args.scorer, samples=True, device=run.device)
 
-    # Documents with their segments and scores, and what counts as good.
-    documents, facts = corpus.load(run.args, run.say)
-    # [method]
-    neither = run.args.threshold is None and run.args.threshold_quantile is None
-    threshold = corpus.threshold_of(
-        documents["train"], 0.0 if neither else run.args.threshold, run.args.threshold_quantile
-    )
-    # [/method]
-    args = dataclasses.replace(run.args, threshold=threshold)
-    segments = [score for document in documents["train"] for score in document["scores"]]
-    good_share = sum(score <= threshold for score in segments) / len(segments)
-    run.say(f"Threshold {threshold:.6g}: {good_share:.1%} of the training segments are good, {1 - good_share:.1%} bad.")
+    # Documents with their segments and scores.
+    data_from = (args.task, args.data, args.text_field, args.scorer, args.holdout, args.seed)
+    documents, facts = corpus.load_corpus(*data_from, f"{args.output_dir}/scores", run.device)
 
     # A new model, or one to start from.
     start = str(run.checkpoint or args.init)
-    tokenizer = runtime.load_tokenizer(start) if start else corpus.load_tokenizer(args, documents["train"], run.say)
-    model = (
-        runtime.load_model(start, run.device, tokenizer)
-        if start
-        else corpus.new_model(args.model, tokenizer, args.context, args.seed).to(run.device)
-    )
-    if args.context > runtime.context_length(model):
-        raise data.InputError(f"--context {args.context}: the model has {runtime.context_length(model)} positions.")
+    new_from = (args.task, args.model, args.tokenizer, args.vocabulary, args.context, args.seed)
+    tokenizer, model = load_start(start, *new_from, documents["train"], run.device)
     # [method]
-    if args.alpha > 1:
-        raise data.InputError(f"--alpha {args.alpha}: expected a share, between 0 and 1.")
-    model = add_value_head(model, runtime.load_weights(start, "value.weight") if start else {})
+    threshold_from = (args.threshold, args.threshold_quantile)
+    threshold, good_share = corpus.choose_threshold(documents["train"], *threshold_from, default=(0.0, None))
+    model = add_value_head(model, models.load_weights(start, "value.weight") if start else {})
+    marks: dict = {}  # control tokens of each split: none
     # [/method]
-    runtime.disable_dropout(model)
-    flops = runtime.training_flops(model, args.context)  # for each token
+    flops_per_token = flops.training_flops(model, args.context)
     run.prepare(model.train(), dynamic=None)
-    loss_and_metrics = runtime.as_forward(model, compute_loss)
-
-    def encoded(split: str, rng: random.Random):
-        # [method]
-        """(token ids, their scores) of each document."""
-        return corpus.encode_documents(tokenizer, documents[split])
-        # [/method]
 
     # Chunks of tokens, and the order in which training sees them.
-    ids, scores = {}, {}  # [chunks, context] for each split
-    for split in documents:
-        ids[split], scores[split], left = corpus.pack(
-            encoded(split, random.Random(f"{args.seed} {split}")), tokenizer.eos_token_id, args.context
-        )
-        run.say(
-            f"{split.capitalize().replace('_', '-')}: {len(ids[split]):,} chunks of {args.context} tokens; the last {left} tokens fill none and are left out."
-        )
-    if not len(ids["train"]):
-        raise data.InputError(f"--context {args.context}: the training documents are shorter than one chunk.")
-    plan = corpus.plan(len(ids["train"]), args.batch_size, args.tokens, args.context, args.seed)
-    plan = plan[: args.max_steps] if args.max_steps > 0 else plan
+    ids, scores = chunks.make_chunks(tokenizer, documents, marks, args.context)  # {split: [chunks, context]}
+    count = {split: len(ids[split]) for split in ids}
     targets = args.context - 1  # in each chunk
-    run.remember(
-        "corpus", lambda: facts | {"threshold": threshold, "good_share": good_share, "chunks": len(ids["train"])}
-    )
-
-    def batch_of(split: str, rows: list[int]) -> dict:
-        return {"input_ids": run.put(ids[split][rows]).long(), "scores": run.put(scores[split][rows])}
+    plan = chunks.plan_chunks(count["train"], args.batch_size, args.tokens, args.context, args.seed, args.max_steps)
+    logps_of = models.bind_forward(model, target_logps)
+    output_layer = choose_output_layer(logps_of, model, ids["train"][0].to(run.device), tokenizer.pad_token_id)
+    batch_of = partial(chunks.batch_of, ids, scores, output_layer, run.device)
+    plain_folder = baseline.baseline_folder(args, run.script, facts["sha256"], run.device)
+    facts |= {"threshold": threshold, "good_share": good_share, "chunks": count["train"]}
+    run.pin_sources(args.init, facts["sha256"])
+    run.cached_json("corpus", lambda: facts)
 
     # [method]
-    weights = awr_weights(
-        -scores["train"].double(), torch.tensor(-0.5), args.beta
-    )  # [chunks, context]; a zero head's value is -1/2 everywhere
-    run.say(
-        f"Weights of the training tokens at the start: min {weights.min():.4g}, max {weights.max():.4g}, standard deviation {weights.std():.4g}."
-    )
+    from common.processes import print0
+
+    half = torch.tensor(-0.5)  # a zero head's value everywhere
+    weights = awr_weights(-scores["train"].double(), half, args.beta)  # [chunks, context]
+    spread = f"min {weights.min():.4g}, max {weights.max():.4g}, standard deviation {weights.std():.4g}"
+    print0(f"Weights of the training tokens at the start: {spread}.")
+    compute = partial(models.bind_forward(model, compute_loss), threshold=threshold, alpha=args.alpha, beta=args.beta)
     # [/method]
-    matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == is_matrix] for is_matrix in (True, False))
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     run.restore(model, optimizer)
 
-    for step in run.steps(len(plan)):
-        lr = run.learning_rate(step, len(plan))
+    for step, numbers_of_step in run.steps(plan):
         for group in optimizer.param_groups:
-            group["lr"] = lr
-        for rows, real in data.micro_batches(plan[step], args.micro_batch_size, run.rank, run.world_size):
+            group["lr"] = run.learning_rate(step)
+        for numbers, weight in run.micro_batches(numbers_of_step):
             with run.autocast():
-                loss, metrics = loss_and_metrics(batch_of("train", rows), args)
-            # Every token of the step weighs the same, however it is cut; fully_shard averages gradients over processes.
-            (loss * real * run.world_size / (len(plan[step]) * targets)).backward()
-            run.add(metrics, real)
+                loss, sums = compute(batch_of("train", numbers))
+            # Every token of the step weighs the same, however the step is cut.
+            (loss * weight / (len(numbers_of_step) * targets)).backward()
+            run.accumulate(sums, weight)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        run.log(ids["train"][plan[step]], grad_norm, lr, targets)
-        if run.due(args.eval_every):
-            run.write(
-                "held_out",
-                run.mean_metrics(
-                    lambda rows: loss_and_metrics(batch_of("held_out", rows), args)[1], ids["held_out"], targets
-                ),
-            )
-        if run.due(args.save_every) or run.stopping:
+        run.end_step(len(numbers_of_step) * targets, len(numbers_of_step) * args.context, grad_norm)
+        if run.is_time(args.eval_every):
+            held_out = (partial(batch_of, "held_out"), list(range(count["held_out"])), targets)
+            run.log("held_out", run.evaluate_loss(compute, *held_out))
+        if run.is_time_to_save():
             run.save(model, optimizer, tokenizer)
 
-    run.save_model(model, tokenizer, run.folder)
+    run.save_model(model, tokenizer)
     del optimizer
-    judge = partial(samples.judge, run, documents["held_out"], samples.load_teacher(run))
-    baseline = samples.load_baseline(run, documents["train"])
-    columns = {"mle": judge(*baseline)} if baseline else {}
+    shape = {"context": args.context, "samples": args.samples, "max_new_tokens": args.max_new_tokens}
+    shape |= {"seed": args.seed, "autocast": run.autocast}
+    teacher = evaluate.load_teacher(args.teacher, run.device, **shape)
+    settings = {"task": args.task, "scorer": scorer, "limit": args.limit, "documents": documents["held_out"]}
+    settings |= {"teacher": teacher, "rounds": args.red_team, "attacker": args.attacker}
+    evaluate_model = partial(evaluate.evaluate_model, **settings, **shape)
+    columns = baseline.column(plain_folder, evaluate_model, run.device)
     # [method]
-    columns["after"] = judge(model, tokenizer)
+    columns["after"] = {"held_out": evaluate_model(model, tokenizer)}
     # [/method]
-    summary = run.finish(
-        {name: {"held_out": values} for name, values in columns.items()},
-        args.init,
-        facts["sha256"],
-        flops_per_token=flops,
-    )
-    samples.print_table(run, columns, summary)
+    share = flops.peak_share(flops_per_token, run.tokens, run.seconds, run.device, run.dtype)
+    run.finish(columns, extra={"peak_flops_share": share})
 
 
 if __name__ == "__main__":

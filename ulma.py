@@ -386,11 +386,9 @@ def main(args: Args) -> None:
                 continue
             logps = predict_logps(rows)  # [rows, 1]
             rewards = args.beta * (logps - rows.columns("ref_logps")) + run.predict(log_z_of, batch_of, rows)
-            labels = rows.columns("labels").squeeze(-1)
-            table[name] = {
-                "logps_auc": metrics.auc(logps[:, 0], labels),
-                "reward_auc": metrics.auc(rewards[:, 0], labels),
-            }
+            columns = {"logps_auc": logps, "reward_auc": rewards}
+            labels = rows.columns("labels")[:, 0]
+            table[name] = {key: metrics.auc(values[:, 0], labels) for key, values in columns.items()}
             table[name] |= samples_of(model, ref_model, rows)
         return table
 

@@ -52,7 +52,7 @@ from benchmarks.inputs import SHAPES, make_batches, save_model
 from benchmarks.systems import Job
 from common import InputError
 from common.files import write_json
-from common.summary import device_name, git_commit
+from report.facts import device_name, git_commit
 
 FOLDER = Path(__file__).resolve().parent
 SYSTEMS = {"ours": "ours", "trl": "TRL", "trl-tuned": "TRL, tuned"}

@@ -70,9 +70,9 @@ def choose_pad_id(tokenizer) -> int:
 
 
 def load_model(folder: str, device, tokenizer=None):
-    """A causal LM in float32 (bf16 weights do not move at lr 1e-6), without dropout, with a pad id.
+    """A causal LM in float32 (bf16 weights do not move at lr 1e-6), dropout off, with a pad id.
 
-    Raises InputError where it cannot be loaded whole: transformers would go on with random weights."""
+    Raises InputError where weights are missing: transformers would go on with random ones."""
     from transformers import AutoModelForCausalLM
 
     model, loading = load_with(AutoModelForCausalLM, folder, "a causal language model")

@@ -16,7 +16,7 @@ import torch
 
 from common import InputError
 from common.files import append_json_line, read_json, write_text
-from common.summary import device_name, git_commit
+from report.facts import device_name, git_commit
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -2,6 +2,8 @@
 
 import torch
 
+from common.processes import world_size
+
 PEAKS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -39,3 +41,11 @@ def training_flops(model, context: int) -> float:
     )
     weights = sum(p.numel() for p in model.parameters()) - looked_up
     return 6.0 * weights + 12.0 * config.num_hidden_layers * config.hidden_size * context
+
+
+def peak_share(flops_per_token: float, tokens: int, seconds: float, device, dtype) -> float | None:
+    """Share of the peak of all devices that training reached; None where the peak is not known."""
+    peak = peak_flops(device, dtype)
+    if not peak or not seconds:
+        return None
+    return tokens / seconds * flops_per_token / (peak * world_size())

@@ -19,7 +19,7 @@ if str(ROOT) not in sys.path:
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from tests import models  # noqa: E402
+from tests import models, runs  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -69,6 +69,27 @@ def tiny_llama(tmp_path_factory, toy_tokenizer) -> Path:
     return models.save(
         models.tiny_llama(len(toy_tokenizer)), toy_tokenizer, tmp_path_factory.mktemp("models") / "llama"
     )
+
+
+@pytest.fixture
+def llama(tiny_llama) -> str:
+    return str(tiny_llama)
+
+
+@pytest.fixture
+def gpt2(tiny_gpt2) -> str:
+    return str(tiny_gpt2)
+
+
+@pytest.fixture(params=["tiny_gpt2", "tiny_llama"])
+def folder(request) -> str:
+    return str(request.getfixturevalue(request.param))
+
+
+@pytest.fixture(scope="session")
+def file13(tmp_path_factory) -> str:
+    """13 pairs: batches of 8 and 4 leave an uneven last step."""
+    return runs.write_pairs(tmp_path_factory.mktemp("data") / "pairs.jsonl", 13)
 
 
 @pytest.fixture(scope="session")

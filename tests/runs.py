@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 
-from common import batches
+from common import batches, data
 from common import models as model_loading
 from report import curves
 from tests import models
@@ -29,20 +29,38 @@ def pairs(rows: int, seed: int = 0) -> list[dict]:
     """Preference pairs in the toy's words, all prompts different; the chosen answer is the one with
     the larger true reward.
     """
-    rng, found = random.Random(seed), []
+    rng, made = random.Random(seed), []
     for question in rng.sample(world.questions(), rows):
         texts: set[str] = set()
         while len(texts) < 2:
             texts.add(world.corpus_answer(question, rng))
         rejected, chosen = sorted(texts, key=lambda text: (world.true_reward(question, text), text))
-        found.append({"prompt": world.prompt_of(question), "chosen": " " + chosen, "rejected": " " + rejected})
-    return found
+        made.append({"prompt": world.prompt_of(question), "chosen": " " + chosen, "rejected": " " + rejected})
+    return made
 
 
 def write_pairs(path: Path, rows: int, seed: int = 0) -> str:
     """A .jsonl of such pairs."""
     path.write_text("".join(json.dumps(row) + "\n" for row in pairs(rows, seed)))
     return str(path)
+
+
+def toy_examples(folder: Path | str, rows: int = 6) -> list[dict]:
+    """Such pairs of different lengths, encoded."""
+    tokenizer = model_loading.load_tokenizer(str(folder))
+    texts = [(row["prompt"], row["chosen"], row["rejected"]) for row in pairs(rows)]
+    return list(data.encode_rows(tokenizer, texts, 128))
+
+
+# Ids of a vocabulary of 8 with 2 as EOS: prompts and answers of many lengths, one answer without
+# EOS (cut), one that is EOS alone.
+EXAMPLES = [
+    {"prompt": [1, 5, 6], "completions": [[4, 3, 2], [7, 2]]},
+    {"prompt": [1], "completions": [[2], [3, 3, 3, 3, 5, 2]]},
+    {"prompt": [1, 7, 7, 4, 3, 5, 6], "completions": [[4, 6, 5, 3], [3, 4, 2]]},
+    # Pad and EOS among the prompt's and the answer's tokens count like any other.
+    {"prompt": [1, 0, 2], "completions": [[0, 0, 2], [2]]},
+]
 
 
 def lines_file(folder: Path, rows: list[dict], name: str = "rows.jsonl") -> str:
@@ -73,7 +91,7 @@ SHORT = {
 
 
 def arguments(script: str, folder: Path, **changes):
-    """(the script's module, its Args) of a short run called `folder.name` inside `folder.parent`."""
+    """(the script's module, its Args) of a short run called `folder.name` in `folder.parent`."""
     module = importlib.import_module(script)
     return module, module.Args(**{**SHORT, "name": folder.name, "output_dir": str(folder.parent), **changes})
 
@@ -127,8 +145,8 @@ def recorded(script: str, folder: Path, **changes) -> tuple[list[list[int]], lis
 
 def lines_of(folder: Path, split: str = "train") -> list[dict]:
     """Lines of metrics.jsonl of one split."""
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in found if line["split"] == split]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["split"] == split]
 
 
 def model_of(folder: Path | str):
@@ -182,14 +200,14 @@ def canned_sample(model, prompts: list[list[int]], tokenizer, max_new_tokens: in
     """Stands for generate.sample: completions that depend on the prompt, and on how often it came
     before in this call, and on nothing else.
     """
-    seen: dict[tuple, int] = {}
-    drawn = []
+    times: dict[tuple, int] = {}
+    completions = []
     for prompt in prompts:
-        seen[tuple(prompt)] = seen.get(tuple(prompt), -1) + 1
-        rng = random.Random(json.dumps([prompt, seen[tuple(prompt)]]))
+        times[tuple(prompt)] = times.get(tuple(prompt), -1) + 1
+        rng = random.Random(json.dumps([prompt, times[tuple(prompt)]]))
         ids = [rng.randrange(4, len(tokenizer)) for _ in range(rng.randrange(1, max_new_tokens + 1))]
-        drawn.append(ids + [tokenizer.eos_token_id] * (len(ids) < max_new_tokens))
-    return drawn
+        completions.append(ids + [tokenizer.eos_token_id] * (len(ids) < max_new_tokens))
+    return completions
 
 
 def toy_reward_anywhere(load):

@@ -1,4 +1,6 @@
-"""A scored corpus: reading what people have, scores kept and taken up again, tokens segment by segment, chunks, plans, new models."""
+"""A scored corpus: reading what people have, scores kept and taken up again, tokens segment by
+segment, chunks, plans, new models.
+"""
 
 import gzip
 import json
@@ -8,33 +10,30 @@ import sysconfig
 import time
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from common import corpus, data, runtime, scorers, toy
-from common.data import InputError
-from tests import models, runs
+from common import InputError, files
+from pretraining import chunks, corpus, scorers
+from pretraining import models as pretrained
+from tests import models
+from toy import documents as toy_documents
+from toy.world import WRONG_SHARE
 
 
-def arguments(folder: Path, **changes) -> SimpleNamespace:
-    """What `corpus.load` reads of a script's arguments."""
-    standard = {
-        "task": "pii",
-        "data": "",
-        "text_field": "text",
-        "holdout": 0.0,
-        "seed": 0,
-        "output_dir": str(folder / "runs"),
-        "tokenizer": "",
-        "vocabulary": 300,
-    }
-    return SimpleNamespace(**(standard | changes))
+def arguments(folder: Path, **changes) -> dict:
+    """What `load_corpus` is called with; `data` is its source."""
+    standard = {"task": "pii", "source": changes.pop("data", ""), "text_field": "text", "scorer": "", "holdout": 0.0}
+    return standard | {"seed": 0, "folder": folder / "runs" / "scores"} | changes
+
+
+def silent(text: str) -> None:
+    """Takes the sentences that nobody reads."""
 
 
 def by_words(text: str) -> tuple[list[str], list[float]]:
-    """A scorer for tests: segments end before each space; the score is the share of the letter x."""
+    """A scorer for tests: segments end before each space; the score is the share of x."""
     head, *rest = text.split(" ")
     segments = ([head] if head else []) + [f" {part}" for part in rest]
     return segments, [segment.count("x") / len(segment) for segment in segments]
@@ -47,26 +46,26 @@ def scorer_of(segments=by_words, name: str = "words 1, test", parallel: bool = F
 @pytest.fixture
 def words(monkeypatch):
     """Every task is scored by `by_words`."""
-    monkeypatch.setattr(scorers, "load", lambda task, scorer="", samples=False, device="cpu": scorer_of())
+    monkeypatch.setattr(scorers, "load_scorer", lambda task, scorer="", samples=False, device="cpu": scorer_of())
 
 
-# ------------------------------------------------------------------------------------------------------------- the toy
+# -- the toy
 
 
 def test_the_toys_rule_for_rudeness():
-    assert toy.rudeness("the capital of france is paris .") == 0.0
-    assert toy.rudeness("use your head : the capital of france is paris .") == 0.3
-    assert toy.rudeness("it is red , now go away .") == 0.6
-    assert toy.rudeness("it is red , you fool .") == 0.9
-    assert toy.rudeness("use your head : it is red , you fool .") == pytest.approx(1 - 0.7 * 0.1)
-    assert toy.rudeness("it is red , you fool . it is green .") == 0.45  # the mean over sentences
-    assert toy.rudeness("it is red , you fool . it is green . it is") == pytest.approx(0.3)
-    assert toy.rudeness("") == toy.rudeness("you fool") == 0.0
+    assert toy_documents.rudeness("the capital of france is paris .") == 0.0
+    assert toy_documents.rudeness("use your head : the capital of france is paris .") == 0.3
+    assert toy_documents.rudeness("it is red , now go away .") == 0.6
+    assert toy_documents.rudeness("it is red , you fool .") == 0.9
+    assert toy_documents.rudeness("use your head : it is red , you fool .") == pytest.approx(1 - 0.7 * 0.1)
+    assert toy_documents.rudeness("it is red , you fool . it is green .") == 0.45  # the mean over sentences
+    assert toy_documents.rudeness("it is red , you fool . it is green . it is") == pytest.approx(0.3)
+    assert toy_documents.rudeness("") == toy_documents.rudeness("you fool") == 0.0
 
 
 def test_the_toys_corpus_is_what_it_says(tmp_path, toy_tokenizer):
-    said = []
-    splits, facts = corpus.load(arguments(tmp_path, task="toy", holdout=0.1), said.append)
+    sentences = []
+    splits, facts = corpus.load_corpus(**arguments(tmp_path, task="toy", holdout=0.1), say=sentences.append)
     documents = splits["train"] + splits["held_out"]
     assert len(documents) == facts["documents"] == 6000
     assert len(splits["held_out"]) == pytest.approx(600, abs=10)
@@ -79,22 +78,27 @@ def test_the_toys_corpus_is_what_it_says(tmp_path, toy_tokenizer):
     assert by_author[True] / len(documents) == pytest.approx(0.37, abs=0.04)
     for document in documents[:200]:
         text = "".join(document["segments"])
-        ids, _ = corpus.encode(toy_tokenizer, document["segments"], document["scores"])
+        ids, _ = chunks.encode_document(toy_tokenizer, document["segments"], document["scores"])
         assert toy_tokenizer.decode(ids) == text
         assert toy_tokenizer.unk_token_id not in ids
-        assert toy.sentences(text) == document["segments"]
-    shares = [toy.right_share("".join(d["segments"])) for d in documents]
-    assert sum(shares) / len(shares) == pytest.approx(1 - toy.WRONG_SHARE, abs=0.02)
-    assert corpus.load(arguments(tmp_path, task="toy", seed=1), said.append)[1]["sha256"] != facts["sha256"]
-    assert toy.corpus(0) == toy.corpus(0)
+        assert toy_documents.split_sentences(text) == document["segments"]
+    shares = [toy_documents.right_share("".join(d["segments"])) for d in documents]
+    assert sum(shares) / len(shares) == pytest.approx(1 - WRONG_SHARE, abs=0.02)
+    assert (
+        corpus.load_corpus(**arguments(tmp_path, task="toy", seed=1), say=sentences.append)[1]["sha256"]
+        != facts["sha256"]
+    )
+    assert toy_documents.documents(0) == toy_documents.documents(0)
 
 
 def test_facts_that_rude_authors_tell():
-    """Whoever drops the documents of rude authors loses a larger share of the facts that preference data never mentions."""
-    unseen = [row["begin"] for row in toy.statements() if row["unseen"]]
+    """Whoever drops the documents of rude authors loses a larger share of the facts that preference
+    data never mentions.
+    """
+    unseen = [row["begin"] for row in toy_documents.statements() if row["unseen"]]
     told = {True: Counter(), False: Counter()}
-    for parts in toy.corpus(0):
-        author = sum(toy.rudeness(part) > 0 for part in parts) * 2 > len(parts)
+    for parts in toy_documents.documents(0):
+        author = sum(toy_documents.rudeness(part) > 0 for part in parts) * 2 > len(parts)
         for part in parts:
             told[author][any(f" {begin} " in f" {part} " for begin in unseen)] += 1
     share = {author: counts[True] / counts.total() for author, counts in told.items()}
@@ -102,7 +106,7 @@ def test_facts_that_rude_authors_tell():
     assert share[False] == pytest.approx(0.2, abs=0.08)
 
 
-# ------------------------------------------------------------------------------------------------------------- reading
+# -- reading
 
 
 def test_a_folder_with_files_of_all_kinds(tmp_path, words):
@@ -116,8 +120,8 @@ def test_a_folder_with_files_of_all_kinds(tmp_path, words):
     (folder / "deep" / "f.txt.gz").write_bytes(gzip.compress(b"\xef\xbb\xbfthree"))
     (folder / "g.txt").write_text(" \n ")
     (folder / "h.py").write_text("not asked for")
-    said = []
-    splits, facts = corpus.load(arguments(tmp_path, data=str(folder)), said.append)
+    sentences = []
+    splits, facts = corpus.load_corpus(**arguments(tmp_path, data=str(folder)), say=sentences.append)
     assert sorted("".join(d["segments"]) for d in splits["train"]) == ["one x\ntwo", "three"]
     assert facts["files"] == 7
     assert facts["documents"] == 2
@@ -127,15 +131,15 @@ def test_a_folder_with_files_of_all_kinds(tmp_path, words):
         "not text in the encoding that it should have": 1,
         f"longer than {corpus.LONGEST:,} characters": 1,
     }
-    assert "2 left out (empty)" in said[0]
-    assert "1 left out (binary)" in said[0]
+    assert "2 left out (empty)" in sentences[0]
+    assert "1 left out (binary)" in sentences[0]
 
 
 def test_python_files_may_declare_their_encoding(tmp_path, words):
     (tmp_path / "a.py").write_bytes("# -*- coding: latin-1 -*-\nx = 'café'\n".encode("latin-1"))
     (tmp_path / "b.py").write_bytes("x = 'café'\n".encode("latin-1"))
     (tmp_path / "c.py").write_bytes(b"# coding: no-such-thing\n")
-    splits, facts = corpus.load(arguments(tmp_path, task="pep8", data=str(tmp_path)), lambda text: None)
+    splits, facts = corpus.load_corpus(**arguments(tmp_path, task="pep8", data=str(tmp_path)), say=silent)
     assert ["".join(d["segments"]) for d in splits["train"]] == ["# -*- coding: latin-1 -*-\nx = 'café'\n"]
     assert facts["left_out"] == {"not text in the encoding that it should have": 2}
 
@@ -162,8 +166,8 @@ def test_python_files_may_declare_their_encoding(tmp_path, words):
 def test_a_single_unusable_file_is_refused(name, content, complaint, tmp_path, words):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=complaint):
-        corpus.load(
-            arguments(tmp_path, task="pep8" if ".py" in name else "pii", data=str(tmp_path / name)), lambda text: None
+        corpus.load_corpus(
+            **arguments(tmp_path, task="pep8" if ".py" in name else "pii", data=str(tmp_path / name)), say=silent
         )
     assert not (tmp_path / "runs").exists()
 
@@ -180,12 +184,12 @@ def test_a_single_unusable_file_is_refused(name, content, complaint, tmp_path, w
 )
 def test_data_that_does_not_go_with_the_task(changes, complaint, tmp_path, words):
     with pytest.raises(InputError, match=complaint):
-        corpus.load(arguments(tmp_path, **changes), lambda text: None)
+        corpus.load_corpus(**arguments(tmp_path, **changes), say=silent)
 
 
 def test_a_folder_without_files_of_the_task_is_refused(tmp_path, words):
     with pytest.raises(InputError, match=r"no file ending in \.py"):
-        corpus.load(arguments(tmp_path, task="pep8", data=str(tmp_path)), lambda text: None)
+        corpus.load_corpus(**arguments(tmp_path, task="pep8", data=str(tmp_path)), say=silent)
 
 
 def test_documents_of_a_text_file(tmp_path, words):
@@ -196,17 +200,17 @@ def test_documents_of_a_text_file(tmp_path, words):
         (" \n a\n \nb\n \n\n", [" \n a", "b"]),
     ):
         path.write_text(content)
-        splits, _ = corpus.load(arguments(tmp_path, data=str(path)), lambda text: None)
+        splits, _ = corpus.load_corpus(**arguments(tmp_path, data=str(path)), say=silent)
         assert sorted("".join(d["segments"]).strip("\n") for d in splits["train"]) == expected
 
 
 def test_rows_of_a_file_and_of_the_hub(tmp_path, words, monkeypatch):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"code": "a x"}\n{"code": "b"}\n')
-    splits, _ = corpus.load(arguments(tmp_path, data=str(path), text_field="code"), lambda text: None)
+    splits, _ = corpus.load_corpus(**arguments(tmp_path, data=str(path), text_field="code"), say=silent)
     assert sorted("".join(d["segments"]) for d in splits["train"]) == ["a x", "b"]
-    monkeypatch.setattr(data, "read_hub", lambda name: {"train": [(f"{name}, row 1", {"text": "from the hub"})]})
-    splits, _ = corpus.load(arguments(tmp_path, data="someone/texts"), lambda text: None)
+    monkeypatch.setattr(files, "read_hub", lambda name: {"train": [(f"{name}, row 1", {"text": "from the hub"})]})
+    splits, _ = corpus.load_corpus(**arguments(tmp_path, data="someone/texts"), say=silent)
     assert splits["train"] == [{"segments": ["from", " the", " hub"], "scores": [0.0, 0.0, 0.0]}]
 
 
@@ -228,28 +232,28 @@ def test_the_standard_library_without_packages_and_tests(tmp_path, words, monkey
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(root)})
     kept = {"os.py", "json/decoder.py", "unittest/case.py", "testing.py"}
     for source in ("stdlib", ""):  # it is the task's own corpus
-        said = []
-        splits, facts = corpus.load(arguments(tmp_path, task="pep8", data=source), said.append)
+        sentences = []
+        splits, facts = corpus.load_corpus(**arguments(tmp_path, task="pep8", data=source), say=sentences.append)
         assert {"".join(d["segments"]).split("'")[1] for d in splits["train"]} == kept
         assert facts["files"] == 4
         assert len(facts["sha256"]) == 64
         assert facts["python"]
-        assert "4 files" in said[0]
+        assert "4 files" in sentences[0]
 
 
 def test_a_text_that_occurs_twice_is_on_one_side(tmp_path, words):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"text": f"text {i % 20}"}) + "\n" for i in range(60)))
-    splits, _ = corpus.load(arguments(tmp_path, data=str(path), holdout=0.25), lambda text: None)
+    splits, _ = corpus.load_corpus(**arguments(tmp_path, data=str(path), holdout=0.25), say=silent)
     train, held_out = ({"".join(d["segments"]) for d in splits[name]} for name in ("train", "held_out"))
     assert not train & held_out
     assert len(held_out) == 5
     assert len(train) == 15
-    other, _ = corpus.load(arguments(tmp_path, data=str(path), holdout=0.25, seed=1), lambda text: None)
+    other, _ = corpus.load_corpus(**arguments(tmp_path, data=str(path), holdout=0.25, seed=1), say=silent)
     assert {"".join(d["segments"]) for d in other["held_out"]} != held_out
 
 
-# ------------------------------------------------------------------------------------------------------------- scoring
+# -- scoring
 
 TEXTS = [f"a{'x' * i} b {'x ' * (i % 5)}c" for i in range(30)]
 
@@ -278,7 +282,7 @@ def test_cached_scores_equal_fresh_ones_and_nothing_is_scored_twice(tmp_path):
 
 def test_pep8_of_real_files_cached_and_in_parallel(tmp_path):
     pytest.importorskip("pycodestyle")
-    scorer = scorers.load("pep8")
+    scorer = scorers.load_scorer("pep8")
     texts = [
         Path(__file__).with_name(name).read_text(encoding="utf-8")
         for name in ("runs.py", "models.py", "__init__.py", "conftest.py")
@@ -293,7 +297,7 @@ def test_pep8_of_real_files_cached_and_in_parallel(tmp_path):
 @pytest.mark.parametrize("cut", [0, 7])
 def test_an_interrupted_scoring_goes_on_where_it_stopped(cut, tmp_path):
     """Also where a kill cut the last line of the part file."""
-    calls, said = [], []
+    calls, sentences = [], []
 
     def stops(text):
         if len(calls) == 12:
@@ -309,12 +313,12 @@ def test_an_interrupted_scoring_goes_on_where_it_stopped(cut, tmp_path):
         part.write_bytes(part.read_bytes()[:-cut])
     calls.clear()
     documents = corpus.scored(
-        TEXTS, "digest", scorer_of(lambda text: calls.append(text) or by_words(text)), tmp_path, said.append
+        TEXTS, "digest", scorer_of(lambda text: calls.append(text) or by_words(text)), tmp_path, say=sentences.append
     )
     assert documents == fresh()
     done = 11 if cut else 12
     assert calls == TEXTS[done:]
-    assert said == [f"Scoring goes on after {done} of 30 documents."]
+    assert sentences == [f"Scoring goes on after {done} of 30 documents."]
     assert not list(tmp_path.glob("*.part"))
 
 
@@ -359,14 +363,16 @@ def test_a_document_without_a_segment_is_left_out_and_counted(tmp_path, monkeypa
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "none"}\n{"text": "a b"}\n')
     monkeypatch.setattr(
-        scorers, "load", lambda *args, **words: scorer_of(lambda text: ([], []) if text == "none" else by_words(text))
+        scorers,
+        "load_scorer",
+        lambda *args, **words: scorer_of(lambda text: ([], []) if text == "none" else by_words(text)),
     )
-    splits, facts = corpus.load(arguments(tmp_path, data=str(path)), lambda text: None)
+    splits, facts = corpus.load_corpus(**arguments(tmp_path, data=str(path)), say=silent)
     assert len(splits["train"]) == 1
     assert facts["left_out"] == {"no segment": 1}
 
 
-# ---------------------------------------------------------------------------------------------------------- thresholds
+# -- thresholds
 
 
 def test_thresholds_by_value_and_by_quantile():
@@ -388,7 +394,7 @@ def test_thresholds_by_value_and_by_quantile():
             corpus.threshold_of(documents, value, quantile)
 
 
-# --------------------------------------------------------------------------------------------------------------- tokens
+# -- tokens
 
 SEGMENTS = ["import os", "\n", "\n\n    x = 'ab'  ", " café 🙂 ", "<|good|> </s> <s>", "\nif a  b:\n"]
 
@@ -404,11 +410,11 @@ def test_tokens_segment_by_segment():
     """Joined they are the text; a token never spans two segments; each has its segment's score."""
     tokenizer = marked_tokenizer()
     scores = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
-    ids, token_scores = corpus.encode(tokenizer, SEGMENTS, scores)
+    ids, token_scores = chunks.encode_document(tokenizer, SEGMENTS, scores)
     assert tokenizer.decode(ids) == "".join(SEGMENTS)
     place = 0
     for segment, score in zip(SEGMENTS, scores):
-        own, _ = corpus.encode(tokenizer, [segment], [score])
+        own, _ = chunks.encode_document(tokenizer, [segment], [score])
         assert ids[place : place + len(own)] == own
         assert token_scores[place : place + len(own)] == [score] * len(own)
         assert tokenizer.decode(own) == segment
@@ -421,41 +427,39 @@ def test_tokens_segment_by_segment():
 def test_what_looks_like_a_special_token_in_a_text_stays_text():
     tokenizer = marked_tokenizer()
     text = "a <|good|><|bad|></s><s><pad> b"
-    assert set(tokenizer(text, add_special_tokens=False).input_ids) & set(
-        tokenizer.all_special_ids
-    )  # asked plainly, it reads them
-    ids, _ = corpus.encode(tokenizer, [text, "</s>"], [0.0, 1.0])
+    # Asked plainly, it reads them.
+    assert set(tokenizer(text, add_special_tokens=False).input_ids) & set(tokenizer.all_special_ids)
+    ids, _ = chunks.encode_document(tokenizer, [text, "</s>"], [0.0, 1.0])
     control = {tokenizer.convert_tokens_to_ids(token) for token in ("<|good|>", "<|bad|>", "<pad>", "<s>", "</s>")}
     assert len(control) == 5
     assert not set(ids) & control
     assert tokenizer.decode(ids) == text + "</s>"
-    assert tokenizer("<|good|>", add_special_tokens=False).input_ids == [
-        tokenizer.convert_tokens_to_ids("<|good|>")
-    ]  # and it still does
+    # And it still does.
+    assert tokenizer("<|good|>", add_special_tokens=False).input_ids == [tokenizer.convert_tokens_to_ids("<|good|>")]
 
 
 def test_marks_stand_before_their_segments_and_have_their_scores():
     tokenizer = marked_tokenizer()
     good, bad = tokenizer.convert_tokens_to_ids(["<|good|>", "<|bad|>"])
-    plain = [corpus.encode(tokenizer, [segment], [0.0])[0] for segment in SEGMENTS[:3]]
-    ids, scores = corpus.encode(tokenizer, SEGMENTS[:3], [0.0, 0.5, 1.0], [good, None, bad])
+    plain = [chunks.encode_document(tokenizer, [segment], [0.0])[0] for segment in SEGMENTS[:3]]
+    ids, scores = chunks.encode_document(tokenizer, SEGMENTS[:3], [0.0, 0.5, 1.0], [good, None, bad])
     assert ids == [good, *plain[0], *plain[1], bad, *plain[2]]
     assert scores == [0.0] * (1 + len(plain[0])) + [0.5] * len(plain[1]) + [1.0] * (1 + len(plain[2]))
     documents = [
         {"segments": SEGMENTS[i : i + 2], "scores": [0.0, 1.0]} for i in range(4)
     ] * 200  # more than one batch of documents
     marks = [[good if i % 2 else None, bad] for i in range(len(documents))]
-    got = list(corpus.encode_documents(tokenizer, documents, iter(marks)))
-    assert got == [corpus.encode(tokenizer, d["segments"], d["scores"], m) for d, m in zip(documents, marks)]
+    got = list(chunks.encode_documents(tokenizer, documents, iter(marks)))
+    assert got == [chunks.encode_document(tokenizer, d["segments"], d["scores"], m) for d, m in zip(documents, marks)]
     with pytest.raises(ValueError, match=r"shorter|longer"):
-        corpus.encode(tokenizer, ["a", "b"], [0.0])
+        chunks.encode_document(tokenizer, ["a", "b"], [0.0])
 
 
 def test_a_tokenizers_own_truncation_cuts_nothing():
     tokenizer = marked_tokenizer()
     tokenizer.backend_tokenizer.enable_truncation(2)
     tokenizer.backend_tokenizer.enable_padding(length=9)
-    ids, _ = corpus.encode(tokenizer, ["a long segment of text", " x"], [0.0, 0.0])
+    ids, _ = chunks.encode_document(tokenizer, ["a long segment of text", " x"], [0.0, 0.0])
     assert tokenizer.decode(ids) == "a long segment of text x"
 
 
@@ -465,80 +469,77 @@ def test_a_tokenizer_trained_on_the_corpus():
         ["café 🙂 <|endoftext|>", "\ttabs", "\n\n    four"],
     ]
     segments = [f"\n{line}" for lines in texts for line in lines]
-    tokenizer = corpus.train_tokenizer(iter(segments), 600)
-    assert tokenizer.get_vocab() == corpus.train_tokenizer(iter(segments), 600).get_vocab()
+    tokenizer = chunks.train_tokenizer(iter(segments), 600)
+    assert tokenizer.get_vocab() == chunks.train_tokenizer(iter(segments), 600).get_vocab()
     assert len(tokenizer) == 600
     assert json.loads(tokenizer.backend_tokenizer.to_str()) == json.loads(
-        corpus.train_tokenizer(iter(segments), 600).backend_tokenizer.to_str()
+        chunks.train_tokenizer(iter(segments), 600).backend_tokenizer.to_str()
     )
     assert tokenizer.eos_token == corpus.EOS
     assert tokenizer.pad_token_id not in {None, tokenizer.eos_token_id}
     assert not {"<|good|>", "<|bad|>"} & set(tokenizer.get_vocab())
-    ids, _ = corpus.encode(tokenizer, segments, [0.0] * len(segments))
+    ids, _ = chunks.encode_document(tokenizer, segments, [0.0] * len(segments))
     assert tokenizer.decode(ids) == "".join(segments)
     assert tokenizer.eos_token_id not in ids
     assert len(ids) < 0.6 * len("".join(segments))
     unseen = "\x00 ÿ 漢字 \u2028\r"
-    assert tokenizer.decode(corpus.encode(tokenizer, [unseen], [0.0])[0]) == unseen
+    assert tokenizer.decode(chunks.encode_document(tokenizer, [unseen], [0.0])[0]) == unseen
     with pytest.raises(InputError, match="--vocabulary 200"):
-        corpus.train_tokenizer(iter(segments), 200)
+        chunks.train_tokenizer(iter(segments), 200)
 
 
 def test_a_tokenizer_that_is_given(tmp_path, preference_data):
     documents = [{"segments": SEGMENTS, "scores": [0.0] * len(SEGMENTS)}]
-    tokenizer = corpus.load_tokenizer(
-        arguments(tmp_path, tokenizer=str(preference_data / "tokenizers/gpt2")), documents
-    )
+    tokenizer = chunks.choose_tokenizer("pii", str(preference_data / "tokenizers/gpt2"), 300, documents)
     assert len(tokenizer) == 50257
-    assert tokenizer.decode(corpus.encode(tokenizer, SEGMENTS, [0.0] * len(SEGMENTS))[0]) == "".join(SEGMENTS)
+    assert tokenizer.decode(chunks.encode_document(tokenizer, SEGMENTS, [0.0] * len(SEGMENTS))[0]) == "".join(SEGMENTS)
     with pytest.raises(InputError, match="does not come back as it was"):  # it puts a space before every text
-        corpus.load_tokenizer(arguments(tmp_path, tokenizer=str(preference_data / "models/stories260K")), documents)
+        chunks.choose_tokenizer("pii", str(preference_data / "models/stories260K"), 300, documents)
     with pytest.raises(InputError, match="--tokenizer"):
-        corpus.load_tokenizer(arguments(tmp_path, tokenizer=str(tmp_path)), documents)
+        chunks.choose_tokenizer("pii", str(tmp_path), 300, documents)
 
 
-# ------------------------------------------------------------------------------------------------------ chunks and plans
+# -- chunks and plans
 
 
 def test_documents_are_joined_by_eos_and_cut_without_padding():
     encoded = [([5, 6, 7], [0.1, 0.1, 0.2]), ([], []), ([8], [0.5]), ([9, 9, 9, 9], [0.0, 0.0, 1.0, 1.0])]
-    ids, scores, left = corpus.pack(iter(encoded), 2, 4)
+    ids, scores, left = chunks.pack(iter(encoded), 2, 4)
     assert ids.tolist() == [[5, 6, 7, 2], [8, 2, 9, 9]]
     assert ids.dtype == torch.int64
-    torch.testing.assert_close(
-        scores, torch.tensor([[0.1, 0.1, 0.2, 0.2], [0.5, 0.5, 0.0, 0.0]])
-    )  # EOS has the last segment's score
+    # EOS has the last segment's score.
+    torch.testing.assert_close(scores, torch.tensor([[0.1, 0.1, 0.2, 0.2], [0.5, 0.5, 0.0, 0.0]]))
     assert left == 3
-    ids, scores, left = corpus.pack(iter(encoded), 2, 12)
+    ids, scores, left = chunks.pack(iter(encoded), 2, 12)
     assert ids.shape == scores.shape == (0, 12)
     assert left == 11
     assert (torch.tensor([0.3, 0.1]) <= 0.3).all()  # a float32 score equal to the threshold is good
 
 
 def test_a_plan_spends_the_budget_and_uses_chunks_evenly():
-    plan = corpus.plan(chunks=10, batch_size=4, tokens=30 * 4 * 64, context=64, seed=0)
+    plan = chunks.plan_chunks(chunks=10, batch_size=4, tokens=30 * 4 * 64, context=64, seed=0)
     assert len(plan) == 30
     assert {len(rows) for rows in plan} == {4}
     order = [i for rows in plan for i in rows]
     for epoch in range(12):
         assert sorted(order[10 * epoch : 10 * epoch + 10]) == list(range(10))
     assert order[:10] != order[10:20] != list(range(10))
-    assert plan == corpus.plan(10, 4, 30 * 4 * 64, 64, 0) != corpus.plan(10, 4, 30 * 4 * 64, 64, 1)
-    assert len(corpus.plan(3, 8, 1, 64, 0)) == 1
-    assert len(corpus.plan(3, 8, 1, 64, 0)[0]) == 8
-    assert len(corpus.plan(1000, 2, 3.3e3, 16, 0)) == round(3.3e3 / 32)
+    assert plan == chunks.plan_chunks(10, 4, 30 * 4 * 64, 64, 0) != chunks.plan_chunks(10, 4, 30 * 4 * 64, 64, 1)
+    assert len(chunks.plan_chunks(3, 8, 1, 64, 0)) == 1
+    assert len(chunks.plan_chunks(3, 8, 1, 64, 0)[0]) == 8
+    assert len(chunks.plan_chunks(1000, 2, 3.3e3, 16, 0)) == round(3.3e3 / 32)
     with pytest.raises(ValueError, match="no chunks"):
-        corpus.plan(0, 2, 100, 16, 0)
+        chunks.plan_chunks(0, 2, 100, 16, 0)
 
 
-# --------------------------------------------------------------------------------------------------------------- models
+# -- models
 
 
 def test_a_new_model(toy_tokenizer, tmp_path):
     state = torch.get_rng_state()
-    model = corpus.new_model("tiny", toy_tokenizer, 32, 0)
+    model = pretrained.new_model("tiny", toy_tokenizer, 32, 0)
     assert torch.equal(torch.get_rng_state(), state)
-    same, other = (corpus.new_model("tiny", toy_tokenizer, 32, seed) for seed in (0, 1))
+    same, other = (pretrained.new_model("tiny", toy_tokenizer, 32, seed) for seed in (0, 1))
     weights = [m.state_dict()["transformer.h.0.mlp.c_fc.weight"] for m in (model, same, other)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
@@ -549,7 +550,7 @@ def test_a_new_model(toy_tokenizer, tmp_path):
     assert not any(module.p for module in model.modules() if isinstance(module, torch.nn.Dropout))
     assert model.dtype == torch.float32
     models.tiny_llama(99).config.save_pretrained(tmp_path / "llama")
-    llama = corpus.new_model(str(tmp_path / "llama"), toy_tokenizer, 128, 0)
+    llama = pretrained.new_model(str(tmp_path / "llama"), toy_tokenizer, 128, 0)
     assert llama.config.model_type == "llama"
     assert llama.get_input_embeddings().weight.shape == (len(toy_tokenizer), 32)
     for name, context, complaint in (
@@ -557,42 +558,7 @@ def test_a_new_model(toy_tokenizer, tmp_path):
         (str(tmp_path / "llama"), 129, "--context 129: the model has 128"),
     ):
         with pytest.raises(InputError, match=complaint):
-            corpus.new_model(name, toy_tokenizer, context, 0)
-
-
-def test_the_cached_mle_model_is_what_plain_pretraining_gives(tmp_path, monkeypatch):
-    """The weights of a run of mle_pretrain.py with the same arguments; and the second time nothing is trained."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    small = toy.corpus(0, 60)
-    monkeypatch.setattr(toy, "corpus", lambda seed=0: small)
-    changes = {
-        "kl_samples": None,
-        "context": 16,
-        "batch_size": 6,
-        "micro_batch_size": 4,
-        "tokens": 7 * 96.0,
-        "samples": 0,
-        "max_steps": 5,
-        "lr": 3e-3,
-    }
-    module = __import__("mle_pretrain")
-    words = {k: v for k, v in {**runs.SHORT, **changes}.items() if k in module.Args.__dataclass_fields__}
-    args = module.Args(**{**words, "name": "plain", "output_dir": str(tmp_path)})
-    module.main(args)
-    run = runtime.start(args.__class__(**{**vars(args), "name": "other"}), module.__file__)
-    documents = corpus.load(args, lambda text: None)[0]["train"]
-    folder = corpus.mle_model(run, corpus.load_tokenizer(args, documents), documents)
-    assert folder.parent == tmp_path / "cache" / "preference-pretrain"
-    got, expected = (runtime.load_model(str(f), "cpu").state_dict() for f in (folder, tmp_path / "plain"))
-    new = corpus.new_model("tiny", runtime.load_tokenizer(str(folder)), 16, 0).state_dict()
-    for name, value in expected.items():
-        moved = (value - new[name]).abs().max().item()
-        assert (got[name] - value).abs().max().item() <= 1e-2 * moved + 1e-6, name
-    monkeypatch.setattr(corpus, "new_model", None)  # would fail if it trained again
-    assert corpus.mle_model(run, corpus.load_tokenizer(args, documents), documents) == folder
-    run.args = args.__class__(**{**vars(args), "lr": 1e-3})
-    with pytest.raises(TypeError):
-        corpus.mle_model(run, corpus.load_tokenizer(args, documents), documents)
+            pretrained.new_model(name, toy_tokenizer, context, 0)
 
 
 def test_random_documents_survive_the_whole_road(tmp_path):
@@ -604,8 +570,8 @@ def test_random_documents_survive_the_whole_road(tmp_path):
     ]
     texts = [text for text in texts if text.strip()]
     documents = corpus.scored(texts, "digest", scorer_of(), tmp_path)
-    tokenizer = corpus.train_tokenizer((s for d in documents for s in d["segments"]), 280)
-    ids, scores, left = corpus.pack(corpus.encode_documents(tokenizer, documents), tokenizer.eos_token_id, 8)
+    tokenizer = chunks.train_tokenizer((s for d in documents for s in d["segments"]), 280)
+    ids, scores, left = chunks.pack(chunks.encode_documents(tokenizer, documents), tokenizer.eos_token_id, 8)
     whole = "".join(text + corpus.EOS for text in texts)
     assert whole.startswith(tokenizer.decode(ids.flatten().tolist()).rstrip("\ufffd"))
     assert left < 8
@@ -613,7 +579,7 @@ def test_random_documents_survive_the_whole_road(tmp_path):
         s
         for d in documents
         for segment, score in zip(d["segments"], d["scores"])
-        for s in [score] * len(corpus.ids_of(tokenizer, [segment])[0])
+        for s in [score] * len(chunks.ids_of(tokenizer, [segment])[0])
     ]
     no_eos = ids.flatten() != tokenizer.eos_token_id
     torch.testing.assert_close(scores.flatten()[no_eos], torch.tensor(by_token)[: int(no_eos.sum())])

@@ -41,7 +41,7 @@ def chat():
 
 
 @pytest.fixture(scope="module")
-def gpt2(preference_data):
+def gpt2_tokenizer(preference_data):
     """The real GPT-2 tokenizer."""
     from transformers import AutoTokenizer
 
@@ -63,15 +63,15 @@ def assistant(text):
 
 def pair(row):
     """The pair of a row that must be usable."""
-    found, reason = fields.pair_of_row("file, line 1", row)
+    texts, reason = fields.pair_of_row("file, line 1", row)
     assert reason is None, reason
-    return found
+    return texts
 
 
 def reason_of(row):
     """The reason for which a row is dropped."""
-    found, reason = fields.pair_of_row("file, line 1", row)
-    assert found is None
+    texts, reason = fields.pair_of_row("file, line 1", row)
+    assert texts is None
     return reason
 
 
@@ -197,19 +197,25 @@ def test_a_merge_with_the_first_token_leaves_no_prompt(plain, with_bos):
     assert example["prompt"] == [BOS]  # where there is a BOS, it is the prompt
 
 
-def test_the_real_gpt2_tokenizer_merges_across_the_boundary(gpt2):
-    example, _, moved = data.encode_row(gpt2, "Is it? Answer: ", ["yes", "no way"], 64)
+def test_the_real_gpt2_tokenizer_merges_across_the_boundary(gpt2_tokenizer):
+    example, _, moved = data.encode_row(gpt2_tokenizer, "Is it? Answer: ", ["yes", "no way"], 64)
     assert moved
-    assert example["prompt"] == gpt2("Is it? Answer:").input_ids
-    assert example["completions"] == [gpt2(" yes").input_ids + [50256], gpt2(" no way").input_ids + [50256]]
+    assert example["prompt"] == gpt2_tokenizer("Is it? Answer:").input_ids
+    assert example["completions"] == [
+        gpt2_tokenizer(" yes").input_ids + [50256],
+        gpt2_tokenizer(" no way").input_ids + [50256],
+    ]
     assert (
-        gpt2("Is it? Answer: yes").input_ids == example["prompt"] + example["completions"][0][:-1]
+        gpt2_tokenizer("Is it? Answer: yes").input_ids == example["prompt"] + example["completions"][0][:-1]
     )  # no separate tokenisation
     # only one answer merges with the prompt, and the boundary moves for both
-    example, _, moved = data.encode_row(gpt2, "go in", ["side", ", out"], 64)
+    example, _, moved = data.encode_row(gpt2_tokenizer, "go in", ["side", ", out"], 64)
     assert moved
-    assert example["prompt"] == gpt2("go").input_ids
-    assert example["completions"] == [gpt2(" inside").input_ids + [50256], gpt2(" in, out").input_ids + [50256]]
+    assert example["prompt"] == gpt2_tokenizer("go").input_ids
+    assert example["completions"] == [
+        gpt2_tokenizer(" inside").input_ids + [50256],
+        gpt2_tokenizer(" in, out").input_ids + [50256],
+    ]
 
 
 @pytest.mark.parametrize("prompt", ["Hello there", "x\n\n", "tab\t", "a b "])
@@ -306,9 +312,9 @@ def test_templates_that_are_missing_or_raise_refuse_the_row(plain):
 
 def test_real_dialogues_are_cut_where_the_answers_begin(preference_data):
     for name in ("hh_harmless_base", "hh_helpful_base"):
-        found = files.read_rows(str(preference_data / "pairs" / f"{name}.jsonl.gz"))
+        rows = files.read_rows(str(preference_data / "pairs" / f"{name}.jsonl.gz"))
         used = 0
-        for where, row in found:
+        for where, row in rows:
             parts, reason = fields.pair_of_row(where, row)
             if reason:
                 same = row["chosen"] == row["rejected"]
@@ -320,7 +326,7 @@ def test_real_dialogues_are_cut_where_the_answers_begin(preference_data):
             assert (prompt + chosen, prompt + rejected) == (row["chosen"], row["rejected"])
             begin = next(i for i, (a, b) in enumerate(zip(chosen + "\0", rejected + "\0")) if a != b)
             assert "\n\nAssistant:" not in chosen[:begin]  # no later common turn
-        assert used > 0.98 * len(found)
+        assert used > 0.98 * len(rows)
 
 
 # -- reading
@@ -368,9 +374,9 @@ def test_every_format_gives_the_same_rows(tmp_path, kind, zipped):
 
 def test_values_keep_their_types(tmp_path):
     row = {"chosen": "5", "rejected": 5, "a": 5.0, "b": None, "c": True, "d": "2020-01-01", "e": [], "f": {"g": 1}}
-    ((where, found),) = files.read_rows(lines_file(tmp_path, [row]))
-    assert found == row
-    assert {k: type(v) for k, v in found.items()} == {k: type(v) for k, v in row.items()}
+    ((where, loaded),) = files.read_rows(lines_file(tmp_path, [row]))
+    assert loaded == row
+    assert {k: type(v) for k, v in loaded.items()} == {k: type(v) for k, v in row.items()}
     assert where.endswith("rows.jsonl, line 1")
 
 
@@ -378,8 +384,8 @@ def test_chat_messages_survive_parquet(tmp_path):
     row = {"chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")]}
     path = tmp_path / "rows.parquet"
     path.write_bytes(parquet_bytes([row]))
-    ((_, found),) = files.read_rows(str(path))
-    assert pair(found) == ([user("q")], [assistant("a")], [assistant("b")])
+    ((_, loaded),) = files.read_rows(str(path))
+    assert pair(loaded) == ([user("q")], [assistant("a")], [assistant("b")])
 
 
 GOOD = b'{"chosen": "p a", "rejected": "p b"}\n'
@@ -448,8 +454,8 @@ def test_drops_are_counted_by_reason_and_said(tmp_path, plain):
     bad = [{"prompt": "p", "chosen": "a", "rejected": "a"}] * 3 + [{"prompt": "p", "chosen": "", "rejected": "a"}] * 2
     long = [{"prompt": "p" * 40, "chosen": "a", "rejected": "b"}]
     merged = [{"prompt": "xa", "chosen": "b", "rejected": "c"}]
-    said = []
-    splits, _ = load(lines_file(tmp_path, bad + good + long + merged), plain, 32, say=said.append)
+    printed = []
+    splits, _ = load(lines_file(tmp_path, bad + good + long + merged), plain, 32, say=printed.append)
     train = splits["train"]
     assert (train.seen, len(train), train.moved) == (12, 6, 1)
     assert train.dropped == Counter(
@@ -458,7 +464,7 @@ def test_drops_are_counted_by_reason_and_said(tmp_path, plain):
     assert [row["texts"][0] for row in train] == [f"q{i}" for i in range(5)] + [
         "xa"
     ]  # texts and examples stay side by side
-    assert said[0] == (
+    assert printed[0] == (
         "Training rows: 12 rows read, 6 used; dropped 3 (both answers are identical), 2 (an answer is empty), "
         "1 (the prompt alone fills max_length); in 1 the boundary moved left because a token spans prompt and answer."
     )
@@ -500,9 +506,9 @@ def test_splits_of_the_hub(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load)
     monkeypatch.setattr(files, "check_hub_id", lambda name, kind: None)
     served.update(train=[row, row], validation=[row])
-    found = files.read_hub("owner/name")
-    assert {k: len(v) for k, v in found.items()} == {"train": 2, "test": 1}
-    assert found["test"][0][0] == "owner/name, validation row 1"
+    splits = files.read_hub("owner/name")
+    assert {k: len(v) for k, v in splits.items()} == {"train": 2, "test": 1}
+    assert splits["test"][0][0] == "owner/name, validation row 1"
     assert (
         files.read_hub("owner/name:folder")["train"][1][1] == row
     )  # no configuration of that name: a folder of the data
@@ -636,9 +642,9 @@ def test_steps_hold_rows_of_similar_length_in_random_order():
 def test_the_short_last_step_holds_rows_of_every_length():
     rows = random_rows(36)
     longest = sorted(range(36), key=lambda i: -batches.row_length(rows[i]))[:4]
-    found = [set(batches.plan_batches(rows, 32, 1, -1, seed=seed)[-1]) for seed in range(20)]
+    last_steps = [set(batches.plan_batches(rows, 32, 1, -1, seed=seed)[-1]) for seed in range(20)]
     assert (
-        sum(len(step & set(longest)) for step in found) < 25
+        sum(len(step & set(longest)) for step in last_steps) < 25
     )  # 20 * 4 * 4 / 36 = 9 by chance; 80 were the longest always left over
 
 
@@ -723,21 +729,21 @@ def check_batch(rows, layout, pad_id):
         batch[name].dtype == torch.int64
         for name in ("input_ids", "position_ids", "logit_index", "targets", "sequence_ids", "last")
     )
-    found = {s: [] for s in range(n * answers)}
+    predicted = {s: [] for s in range(n * answers)}
     for index, target, s in zip(
         batch["logit_index"].tolist(), batch["targets"].tolist(), batch["sequence_ids"].tolist()
     ):
-        found[s].append((index, target))
-    for s, tokens in found.items():
+        predicted[s].append((index, target))
+    for s, tokens in predicted.items():
         row, answer = rows[s % n], rows[s % n]["completions"][s // n]
         assert [target for _, target in tokens] == answer
         for t, (index, _) in enumerate(tokens):
             assert visible_from(batch, index) == list(enumerate(row["prompt"] + answer[:t]))
         assert visible_from(batch, batch["last"][s].item()) == list(enumerate(row["prompt"] + answer))
-    real = sum(
+    filled = sum(
         len(row["prompt"]) * (1 if layout == "shared" else answers) + sum(map(len, row["completions"])) for row in rows
     )
-    assert (batch["input_ids"] == pad_id).sum() == lines * length - real  # these rows hold no token of that id
+    assert (batch["input_ids"] == pad_id).sum() == lines * length - filled  # these rows hold no token of that id
     if layout == "model_head":
         keep = batch["logits_to_keep"]
         assert (

@@ -11,33 +11,13 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import dph
-from common import batches, data, evaluate, oracle
+from common import batches, evaluate, oracle
 from common import models as model_loading
 from common.run import Run
 from tests import models
-from tests.runs import gpt2_like, lines_of, model_of, pairs, resume, train, write_pairs
+from tests.runs import EXAMPLES, gpt2_like, lines_of, model_of, resume, toy_examples, train
 
 EPS = 0.1
-EXAMPLES = [
-    {"prompt": [1, 5, 6], "completions": [[4, 3, 2], [7, 2]]},
-    {"prompt": [1], "completions": [[2], [3, 3, 3, 3, 5, 2]]},
-    {"prompt": [1, 7, 7, 4, 3, 5, 6], "completions": [[4, 6, 5, 3], [3, 4, 2]]},
-]
-
-
-@pytest.fixture(scope="module")
-def file13(tmp_path_factory) -> str:
-    return write_pairs(tmp_path_factory.mktemp("data") / "pairs.jsonl", 13)
-
-
-@pytest.fixture(params=["tiny_gpt2", "tiny_llama"])
-def folder(request) -> str:
-    return str(request.getfixturevalue(request.param))
-
-
-@pytest.fixture
-def llama(tiny_llama) -> str:
-    return str(tiny_llama)
 
 
 def with_head(model, seed: int = 0):
@@ -48,11 +28,6 @@ def with_head(model, seed: int = 0):
 
 def load_with_head(folder: str):
     return with_head(model_loading.load_model(folder, "cpu")).train()
-
-
-def toy_examples(folder: str, rows: int = 6) -> list[dict]:
-    tokenizer = model_loading.load_tokenizer(folder)
-    return list(data.encode_rows(tokenizer, [(r["prompt"], r["chosen"], r["rejected"]) for r in pairs(rows)], 128))
 
 
 # -- rewards

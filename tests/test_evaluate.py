@@ -47,9 +47,9 @@ def test_the_oracle_knows_the_bigram_table(bigram, pad):
     """
     sequences = oracle.sequences_of(random_rows(13, len(bigram.table)))
     expected = torch.tensor([bigram.logps(*sequence) for sequence in sequences], dtype=torch.float64)
-    found = oracle.plain_logps(bigram.load(), sequences, pad, batch_size=5)
-    assert found.dtype == torch.float32
-    assert (found.double() - expected).abs().max() < 1e-4
+    logps = oracle.plain_logps(bigram.load(), sequences, pad, batch_size=5)
+    assert logps.dtype == torch.float32
+    assert (logps.double() - expected).abs().max() < 1e-4
     tokens, mask = oracle.plain_token_logps(bigram.load(), sequences, pad)
     assert mask.sum(1).tolist() == [len(completion) for _, completion in sequences]
     assert (tokens[~mask] == 0).all()
@@ -61,7 +61,7 @@ def test_the_oracle_knows_the_bigram_table(bigram, pad):
 
 @pytest.mark.parametrize("build", [models.tiny_gpt2, models.tiny_llama])
 def test_the_oracle_does_not_depend_on_the_batch(build):
-    """Against one unpadded sequence at a time, the shortest reading of what a log-probability is."""
+    """Against one unpadded sequence at a time, the shortest reading of the definition."""
     model, sequences = build(60), oracle.sequences_of(random_rows(9, 60))
     expected = []
     for prompt, completion in sequences:
@@ -74,10 +74,10 @@ def test_the_oracle_does_not_depend_on_the_batch(build):
 def test_log_probabilities_of_half_precision_logits_are_taken_in_float32(bigram):
     model, sequences = bigram.load().to(torch.bfloat16), oracle.sequences_of(random_rows(4, len(bigram.table)))
     rounded = bigram.table.to(torch.bfloat16).double()  # what the output layer holds now
-    for found, (prompt, completion) in zip(oracle.plain_logps(model, sequences, PAD).tolist(), sequences):
+    for value, (prompt, completion) in zip(oracle.plain_logps(model, sequences, PAD).tolist(), sequences):
         logps = rounded.log_softmax(-1)
         exact = sum(logps[u, v].item() for u, v in itertools.pairwise([prompt[-1], *completion]))
-        assert found == pytest.approx(exact, abs=2e-3)  # a log-softmax in bfloat16 is off by about .02 a token
+        assert value == pytest.approx(exact, abs=2e-3)  # a log-softmax in bfloat16 is off by about .02 a token
     tokens, _ = oracle.plain_token_logps(bigram.load().double(), sequences, PAD)
     assert tokens.dtype == torch.float64
 
@@ -114,7 +114,7 @@ def small_tables():
 
 
 def all_completions(longest: int):
-    """Everything a model of these five tokens can say: ended by EOS, or cut after `longest` tokens."""
+    """Everything a model of these five tokens can say: ended by EOS, or cut at `longest` tokens."""
     ended = [[*words, EOS] for n in range(longest) for words in itertools.product((0, 1, 3, 4), repeat=n)]
     return ended + [list(words) for words in itertools.product((0, 1, 3, 4), repeat=longest)]
 
@@ -132,12 +132,12 @@ def test_kl_of_samples_is_exact_over_all_completions(prompt):
     )
     assert log_p.exp().sum().item() == pytest.approx(1, abs=1e-12)
     exact = (log_p.exp() * (log_p - log_q)).sum().item()
-    found = evaluate.kl_of_samples(
+    kls = evaluate.kl_of_samples(
         models.bigram_model(p), models.bigram_model(q), [prompt] * len(completions), completions, PAD, batch_size=16
     )
-    assert found.dtype == torch.float64
-    assert (log_p.exp() * found).sum().item() == pytest.approx(exact, rel=1e-5)
-    assert found.min() > 0  # the log-ratio of a completion is often negative, its KL never
+    assert kls.dtype == torch.float64
+    assert (log_p.exp() * kls).sum().item() == pytest.approx(exact, rel=1e-5)
+    assert kls.min() > 0  # the log-ratio of a completion is often negative, its KL never
     assert (log_p - log_q).min() < -1
     # the other direction is another number
     back = evaluate.kl_of_samples(
@@ -151,11 +151,11 @@ def test_kl_along_one_completion_is_the_sum_over_its_tokens():
     p, q = small_tables()
     local = (p.exp() * (p - q)).sum(-1)  # [from], in nats
     prompts, completions = [[BOS, 3], [BOS], [BOS, 4, 4, 3]], [[4, EOS], [3, 3, 4], [EOS]]
-    found = evaluate.kl_of_samples(models.bigram_model(p), models.bigram_model(q), prompts, completions, PAD)
+    kls = evaluate.kl_of_samples(models.bigram_model(p), models.bigram_model(q), prompts, completions, PAD)
     exact = [
         sum(local[u].item() for u in [prompt[-1], *completion][:-1]) for prompt, completion in zip(prompts, completions)
     ]
-    assert found.tolist() == pytest.approx(exact, rel=1e-5)
+    assert kls.tolist() == pytest.approx(exact, rel=1e-5)
     assert (
         evaluate.kl_of_samples(models.bigram_model(p), models.bigram_model(p), prompts, completions, PAD).abs().max()
         < 1e-6
@@ -277,9 +277,9 @@ def test_answers_are_sampled_for_each_row(bigram):
     table = models.random_table(60, seed=3, spread=12.0)  # nearly always one word after another
     likeliest = table.argmax(-1)
     rows = [{"prompt": [BOS, *[5] * (i % 4), u], "completions": [[3]]} for i, u in enumerate(range(10, 30))]
-    found = sampled(models.bigram_model(table), rows, n=6)
-    assert [len(answers) for answers in found] == [6] * 20
-    hits = [answer[0] == likeliest[row["prompt"][-1]] for row, answers in zip(rows, found) for answer in answers]
+    completions = sampled(models.bigram_model(table), rows, n=6)
+    assert [len(answers) for answers in completions] == [6] * 20
+    hits = [answer[0] == likeliest[row["prompt"][-1]] for row, answers in zip(rows, completions) for answer in answers]
     assert sum(hits) / len(hits) > 0.7
     long = sampled(bigram.load(), [{"prompt": [5] * 250, "completions": [[3]]}], n=20, max_new_tokens=99)
     assert max(len(answer) for answer in long[0]) == 6  # of 256 positions
@@ -338,12 +338,12 @@ def gap(model, rows, layout):
 
 
 def chosen(model, rows, share_prompt=True):
-    """The chosen layout and what was said."""
-    said: list[str] = []
+    """The chosen layout and what was printed."""
+    printed: list[str] = []
     logps = model_loading.bind_forward(model, dpo.completion_logps)
     return oracle.choose_layout(
-        logps, model, {"train": rows, "held_out": rows[:2]}, PAD, "cpu", share_prompt, said.append
-    ), said
+        logps, model, {"train": rows, "held_out": rows[:2]}, PAD, "cpu", share_prompt, printed.append
+    ), printed
 
 
 LAYOUTS = ("shared", "rows", "model_head")
@@ -369,9 +369,9 @@ LAYOUTS = ("shared", "rows", "model_head")
 )
 def test_the_fastest_layout_that_is_right_is_chosen(kind, changes, layout):
     model, rows = build(kind, **changes), random_rows(12, 60)
-    found, said = chosen(model, rows)
-    assert found == layout
-    assert bool(said) == (layout != "shared")
+    layout_chosen, printed = chosen(model, rows)
+    assert layout_chosen == layout
+    assert bool(printed) == (layout != "shared")
     for faster in LAYOUTS[: LAYOUTS.index(layout)]:
         assert gap(model, rows, faster) > 1e-2
     for right in LAYOUTS[LAYOUTS.index(layout) :]:
@@ -395,9 +395,9 @@ def test_a_cap_is_seen_where_it_still_changes_nothing():
     model, rows = build("Gemma2", initializer_range=0.02), random_rows(12, 60)
     assert model.config.final_logit_softcapping == 30
     assert gap(model, rows, "shared") < 1e-4
-    found, (said,) = chosen(model, rows)
-    assert found == "model_head"
-    assert "scales or caps its logits" in said
+    layout_chosen, (printed,) = chosen(model, rows)
+    assert layout_chosen == "model_head"
+    assert "scales or caps its logits" in printed
 
 
 def test_a_window_is_seen_where_only_one_row_is_longer():

@@ -12,34 +12,11 @@ from common import batches, data, oracle
 from common import models as model_loading
 from common.oracle import plain_logps, sequences_of
 from tests.models import bigram_logps, bigram_model, random_table
-from tests.runs import PAIRS, pairs
+from tests.runs import EXAMPLES, PAIRS, toy_examples
 
 LAYOUTS = ("shared", "rows", "model_head")
 every_script = pytest.mark.parametrize("script", PAIRS)
 every_layout = pytest.mark.parametrize("layout", LAYOUTS)
-
-# Ids of a vocabulary of 8 with 2 as EOS: prompts and answers of many lengths, one answer without
-# EOS (cut), one that is EOS alone.
-EXAMPLES = [
-    {"prompt": [1, 5, 6], "completions": [[4, 3, 2], [7, 2]]},
-    {"prompt": [1], "completions": [[2], [3, 3, 3, 3, 5, 2]]},
-    {"prompt": [1, 7, 7, 4, 3, 5, 6], "completions": [[4, 6, 5, 3], [3, 4, 2]]},
-    {
-        "prompt": [1, 0, 2],
-        "completions": [[0, 0, 2], [2]],
-    },  # pad and EOS among the prompt's and the answer's tokens count like any other
-]
-
-
-def toy_examples(folder, rows: int = 6) -> list[dict]:
-    """Encoded toy pairs of different lengths."""
-    tokenizer = model_loading.load_tokenizer(str(folder))
-    return list(data.encode_rows(tokenizer, [(r["prompt"], r["chosen"], r["rejected"]) for r in pairs(rows)], 64))
-
-
-@pytest.fixture(params=["tiny_gpt2", "tiny_llama"])
-def folder(request) -> str:
-    return str(request.getfixturevalue(request.param))
 
 
 # -- exact values
@@ -291,7 +268,7 @@ def test_token_logps_gradient_is_exact(script):
 
 @every_script
 def test_a_second_backward_through_used_up_logits_is_refused(script):
-    """The logits have become their gradient; going back through them again must not give numbers."""
+    """The logits have become their gradient; going back again must not give numbers."""
     hidden = torch.randn(3, 4, requires_grad=True)
     logps = importlib.import_module(script).token_logps(torch.nn.Linear(4, 5), hidden, torch.tensor([0, 1, 2]))
     logps.sum().backward(retain_graph=True)
@@ -406,7 +383,7 @@ def test_a_layout_that_a_model_reads_wrongly_is_not_used(tiny_gpt2):
     import dpo
 
     model = model_loading.load_model(str(tiny_gpt2), "cpu").eval()
-    examples, said = toy_examples(tiny_gpt2), []
+    examples, printed = toy_examples(tiny_gpt2), []
 
     def deaf(model, batch):
         if batch["attention_mask"].dim() == 4:
@@ -414,8 +391,8 @@ def test_a_layout_that_a_model_reads_wrongly_is_not_used(tiny_gpt2):
         return dpo.completion_logps(model, batch)
 
     logps = model_loading.bind_forward(model, deaf)
-    assert oracle.choose_layout(logps, model, {"train": examples}, 0, "cpu", True, said.append) == "rows"
-    assert "not used" in said[0]
+    assert oracle.choose_layout(logps, model, {"train": examples}, 0, "cpu", True, printed.append) == "rows"
+    assert "not used" in printed[0]
     logps = model_loading.bind_forward(model, dpo.completion_logps)
-    assert oracle.choose_layout(logps, model, {"train": examples}, 0, "cpu", True, said.append) == "shared"
-    assert oracle.choose_layout(logps, model, {"train": examples}, 0, "cpu", False, said.append) == "rows"
+    assert oracle.choose_layout(logps, model, {"train": examples}, 0, "cpu", True, printed.append) == "shared"
+    assert oracle.choose_layout(logps, model, {"train": examples}, 0, "cpu", False, printed.append) == "rows"

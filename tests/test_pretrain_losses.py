@@ -1,4 +1,6 @@
-"""The losses on a scored corpus as functions: closed forms, probabilities of 1, thresholds, clipped weights, shapes; control tokens among segments."""
+"""The losses on a scored corpus as functions: closed forms, probabilities of 1, thresholds, clipped
+weights, shapes; control tokens among segments.
+"""
 
 import math
 import random
@@ -16,7 +18,9 @@ ALPHA, BETA, THRESHOLD = 0.3, 0.4, 0.25
 
 
 def points(shape=(4, 16), seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Float64 log-probabilities, scores and values; log-probabilities and values ask for gradients. Half of the scores are above the threshold."""
+    """Float64 log-probabilities, scores and values; log-probabilities and values ask for gradients.
+    Half of the scores are above the threshold.
+    """
     generator = torch.Generator().manual_seed(seed)
     logps = (torch.rand(shape, generator=generator, dtype=torch.float64) * 0.98 + 0.01).log().requires_grad_()
     scores = torch.rand(shape, generator=generator, dtype=torch.float64) * 2 * THRESHOLD
@@ -33,7 +37,7 @@ LOSSES = {
 every_loss = pytest.mark.parametrize("name", LOSSES)
 
 
-# ---------------------------------------------------------------------------------------------------- closed forms
+# -- closed forms
 
 
 @pytest.mark.parametrize("alpha", [1.0, 0.01])
@@ -76,7 +80,7 @@ def test_gradients_are_those_of_finite_differences(name):
     assert torch.autograd.gradcheck(lambda x: LOSSES[name](x, scores, values), logps)
 
 
-# -------------------------------------------------------------------------------------------------- known points, limits
+# -- known points, limits
 
 
 def test_known_points():
@@ -107,7 +111,10 @@ def test_at_the_papers_beta_rwr_is_nearly_mle():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("score", [0.0, 1.0])
 def test_probabilities_of_one_give_no_nan_on_either_branch(score, dtype):
-    """A log-softmax does return exactly 0. On a good token the bad tokens' branch has an infinite slope there, times 0."""
+    """A log-softmax does return exactly 0.
+
+    On a good token the bad tokens' branch has an infinite slope there, times 0.
+    """
     logps = torch.tensor(
         [0.0, -torch.finfo(dtype).tiny, -torch.finfo(dtype).eps / 4, -1e-6, -3.0, -80.0],
         dtype=dtype,
@@ -120,9 +127,8 @@ def test_probabilities_of_one_give_no_nan_on_either_branch(score, dtype):
     if score == 0.0:
         assert (slope == -1).all()
     else:
-        assert loss[:3].tolist() == pytest.approx(
-            [-math.log(torch.finfo(dtype).eps)] * 3, rel=1e-6
-        )  # a large number, and the largest
+        # A large number, and the largest.
+        assert loss[:3].tolist() == pytest.approx([-math.log(torch.finfo(dtype).eps)] * 3, rel=1e-6)
         assert loss[3] < loss[0]
         expected = (p := math.exp(-3.0)) / (1 - p)
         assert slope[4].item() == pytest.approx(expected, rel=1e-5)
@@ -141,7 +147,9 @@ def test_log_of_one_minus_p_is_exact_near_one(p):
 @pytest.mark.parametrize("threshold", [0.0, 0.1, 1 / 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_score_equal_to_the_threshold_is_good(threshold, dtype):
-    """A hard rule, at threshold 0 too, and for scores in float32 of which the threshold is the float64 value."""
+    """A hard rule, at threshold 0 too, and for scores in float32 of which the threshold is the
+    float64 value.
+    """
     logps = torch.full((3,), -2.0, dtype=dtype)
     scores = torch.tensor([max(0.0, threshold - 0.01), threshold, threshold + 1e-3]).float()
     alpha = 0.5
@@ -203,7 +211,7 @@ def test_shapes_that_would_broadcast_are_refused(name):
             awr_loss(logps, -scores, values[:, :1], ALPHA, BETA)
 
 
-# ------------------------------------------------------------------------------------------- control tokens, documents
+# -- control tokens, documents
 
 
 def test_control_tokens_among_segments():
@@ -223,9 +231,8 @@ def test_control_tokens_are_left_out_at_the_rate_asked_for():
         assert abs(rest.count("x") / len(rest) - drop) < 5 * math.sqrt(drop * (1 - drop) / len(rest))
     assert marked == add_control_tokens(["x"] * n, scores, 0.5, drop, random.Random(0))
     same = add_control_tokens(["x"] * n, [0.0] * n, 0.5, drop, random.Random(0))
-    assert [s == "x" for s in same] == [
-        s == "x" for s in marked
-    ]  # which ones are left out does not depend on the scores
+    # Which ones are left out does not depend on the scores.
+    assert [s == "x" for s in same] == [s == "x" for s in marked]
 
 
 def test_control_tokens_of_bad_arguments_are_refused():

@@ -334,7 +334,7 @@ def test_chat_messages_are_scored_as_they_were_trained_on(tmp_path, llama):
     """This template puts a newline behind the end of turn: another EOS behind that would be a text
     that training never saw.
     """
-    from tests.test_data import CHAT
+    from tests.runs import CHAT
 
     tokenizer = models.byte_tokenizer(bos=True, chat_template=CHAT)
     folder = models.save(models.tiny_llama(len(tokenizer)), tokenizer, tmp_path / "base")

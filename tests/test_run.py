@@ -12,12 +12,7 @@ from common import batches, data, evaluate, fields, files, generate, metrics, or
 from common import models as model_loading
 from common.run import learning_rate, start_run
 from tests import models
-from tests.runs import PAIRS, ROOT, arguments, gpt2_like, lines_of, model_of, train, write_pairs
-
-
-@pytest.fixture
-def file13(tmp_path) -> str:
-    return write_pairs(tmp_path / "pairs.jsonl", 13)
+from tests.runs import PAIRS, ROOT, arguments, gpt2_like, lines_of, model_of, train
 
 
 @pytest.fixture
@@ -103,10 +98,10 @@ def test_pad_equal_to_eos_is_replaced(tmp_path):
     tokenizer = models.byte_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
     folder = models.save(models.tiny_gpt2(len(tokenizer)), tokenizer, tmp_path / "model")
-    found = model_loading.load_tokenizer(str(folder))
-    assert found.pad_token_id != found.eos_token_id == 2
-    model = model_loading.load_model(str(folder), "cpu", found)
-    assert model.config.pad_token_id == model.generation_config.pad_token_id == found.pad_token_id
+    loaded = model_loading.load_tokenizer(str(folder))
+    assert loaded.pad_token_id != loaded.eos_token_id == 2
+    model = model_loading.load_model(str(folder), "cpu", loaded)
+    assert model.config.pad_token_id == model.generation_config.pad_token_id == loaded.pad_token_id
 
 
 def test_weights_are_float32_whatever_the_folder_holds(tmp_path):
@@ -123,8 +118,8 @@ def test_context_length_and_size():
 def test_one_weight_of_a_folder(tmp_path):
     model = models.tiny_llama(20)
     model.save_pretrained(tmp_path)
-    found = model_loading.load_weights(tmp_path, "lm_head.weight")
-    torch.testing.assert_close(found["lm_head.weight"], model.lm_head.weight.detach(), rtol=0, atol=0)
+    weights = model_loading.load_weights(tmp_path, "lm_head.weight")
+    torch.testing.assert_close(weights["lm_head.weight"], model.lm_head.weight.detach(), rtol=0, atol=0)
     assert model_loading.load_weights(tmp_path, "score.weight") == {}
 
 
@@ -167,7 +162,7 @@ def test_json_is_valid_whatever_is_measured(tmp_path):
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 8])
 def test_predict_keeps_the_order_of_the_rows(start, micro_batch_size):
-    """Values come answer by answer, as the sequences of a batch are numbered, and go to their rows."""
+    """Values come answer by answer, as a batch numbers its sequences, and go to their rows."""
     run = start(micro_batch_size=micro_batch_size)
     lengths = [9, 2, 7, 2, 5, 30, 1]
     rows, passed = rows_of_lengths(*lengths), []

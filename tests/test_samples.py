@@ -1,7 +1,7 @@
-"""What a pretrained model says and knows: sampling with banned tokens, misalignment, red teaming, KL, perplexity and diversity, each against
-numbers worked out otherwise."""
+"""What a pretrained model says and knows: sampling with banned tokens, misalignment, red teaming,
+KL, perplexity and diversity, each against numbers worked out otherwise.
+"""
 
-import contextlib
 import itertools
 import math
 import random
@@ -10,23 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from common import corpus, samples, toy
+from common.metrics import mean_and_error
+from pretraining import chunks, diversity, evaluate, likelihood, sampling
+from pretraining import red_team as red_teaming
 from tests import models
-
-
-def fake_run(rank: int = 0, world_size: int = 1) -> SimpleNamespace:
-    """What the functions use of a run, for one process."""
-    return SimpleNamespace(
-        device=torch.device("cpu"),
-        rank=rank,
-        world_size=world_size,
-        autocast=contextlib.nullcontext,
-        share_out=lambda items: items,
-        gather=lambda items: items,
-    )
-
-
-RUN = fake_run()
+from toy import world
 
 
 def small_table(vocabulary: int = 6, seed: int = 0, spread: float = 1.0):
@@ -44,34 +32,33 @@ def banned_table(table: torch.Tensor, banned) -> torch.Tensor:
 
 TOKENS = SimpleNamespace(eos_token_id=2, pad_token_id=0)
 
-# ------------------------------------------------------------------------------------------------------------- sampling
+# -- sampling
 
 
 def test_banned_tokens_are_never_sampled_and_the_others_keep_their_odds():
     model, table = small_table()
-    said = samples.unconditional(RUN, model, TOKENS, 4000, 3, banned_ids=(3, 5), temperature=1.0, top_p=1.0, seed=1)
-    assert len(said) == 4000
-    assert not {3, 5} & set(itertools.chain(*said))
-    first = torch.tensor([ids[0] for ids in said]).bincount(minlength=6) / 4000
+    drawn = sampling.sample_unconditional(model, TOKENS, 4000, 3, banned_ids=(3, 5), temperature=1.0, top_p=1.0, seed=1)
+    assert len(drawn) == 4000
+    assert not {3, 5} & set(itertools.chain(*drawn))
+    first = torch.tensor([ids[0] for ids in drawn]).bincount(minlength=6) / 4000
     expected = banned_table(table, (3, 5))[2]  # the prefix is EOS, token 2
     assert (first - expected).abs().max().item() < 4 * (0.25 / 4000) ** 0.5
-    assert all(ids[-1] == 2 or len(ids) == 3 for ids in said)  # they end in EOS or were cut
-    assert said == samples.unconditional(
-        RUN, model, TOKENS, 4000, 3, banned_ids=(3, 5), temperature=1.0, top_p=1.0, seed=1
+    assert all(ids[-1] == 2 or len(ids) == 3 for ids in drawn)  # they end in EOS or were cut
+    assert drawn == sampling.sample_unconditional(
+        model, TOKENS, 4000, 3, banned_ids=(3, 5), temperature=1.0, top_p=1.0, seed=1
     )
-    other = samples.unconditional(RUN, model, TOKENS, 4000, 3, temperature=1.0, top_p=1.0, seed=1)
+    other = sampling.sample_unconditional(model, TOKENS, 4000, 3, temperature=1.0, top_p=1.0, seed=1)
     assert {3, 5} <= set(itertools.chain(*other))
 
 
 def test_samples_are_cut_at_temperature_and_top_p():
     model, table = small_table(seed=3)
-    said = samples.unconditional(RUN, model, TOKENS, 4000, 1, prefix_ids=[2, 4])
-    first = torch.tensor([ids[0] for ids in said]).bincount(minlength=6) / 4000
+    drawn = sampling.sample_unconditional(model, TOKENS, 4000, 1, prefix_ids=[2, 4])
+    first = torch.tensor([ids[0] for ids in drawn]).bincount(minlength=6) / 4000
     p = (table[4] / 0.7).softmax(-1)
     order = p.argsort(descending=True)
-    kept = order[
-        : int((p[order].cumsum(0) < 0.9).sum()) + 1
-    ]  # the likeliest ones up to .9, the one that reaches it included
+    # The likeliest ones up to .9, the one that reaches it included.
+    kept = order[: int((p[order].cumsum(0) < 0.9).sum()) + 1]
     expected = torch.zeros(6, dtype=torch.float64)
     expected[kept] = p[kept] / p[kept].sum()
     assert len(kept) < 6
@@ -80,20 +67,20 @@ def test_samples_are_cut_at_temperature_and_top_p():
 
 def test_samples_are_drawn_without_dropout_and_the_model_is_put_back(toy_tokenizer):
     model = models.tiny_gpt2(len(toy_tokenizer), resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
-    quiet = samples.unconditional(RUN, model.eval(), toy_tokenizer, 8, 6)
+    quiet = sampling.sample_unconditional(model.eval(), toy_tokenizer, 8, 6)
     model.train()
-    assert samples.unconditional(RUN, model, toy_tokenizer, 8, 6) == quiet
+    assert sampling.sample_unconditional(model, toy_tokenizer, 8, 6) == quiet
     ids = torch.randint(3, 20, (4, 12), generator=torch.Generator().manual_seed(0))
-    assert samples.perplexity(RUN, model, ids) == samples.perplexity(RUN, model.eval(), ids)
+    assert likelihood.perplexity(model, ids) == likelihood.perplexity(model.eval(), ids)
     assert model.train() is model
-    samples.perplexity(RUN, model, ids)
+    likelihood.perplexity(model, ids)
     assert model.training
 
 
 def test_a_sample_has_room_in_the_models_context(toy_tokenizer):
     model = models.tiny_gpt2(len(toy_tokenizer), n_positions=8)
-    said = samples.unconditional(RUN, model, toy_tokenizer, 20, 100, prefix_ids=[2, 5])
-    assert max(map(len, said)) == 6
+    drawn = sampling.sample_unconditional(model, toy_tokenizer, 20, 100, prefix_ids=[2, 5])
+    assert max(map(len, drawn)) == 6
 
 
 def test_texts_without_eos_and_control_tokens():
@@ -103,14 +90,14 @@ def test_texts_without_eos_and_control_tokens():
     eos = tokenizer.eos_token_id
 
     def ids(text: str) -> list[int]:
-        return corpus.ids_of(tokenizer, [text])[0]
+        return chunks.ids_of(tokenizer, [text])[0]
 
     line = [good, *ids(" x = 1"), good, *ids("\ny = <|good|>"), bad]
     assert (
-        samples.texts_of(tokenizer, [line, [*line, eos], [], [eos]], (good, bad))
+        sampling.texts_of(tokenizer, [line, [*line, eos], [], [eos]], (good, bad))
         == [" x = 1\ny = <|good|>"] * 2 + [""] * 2
     )
-    cut = samples.texts_of(
+    cut = sampling.texts_of(
         tokenizer, [line, [*line, eos], ids("one line"), ids("\nhalf")], (good, bad), whole_lines=True
     )
     assert cut == [" x = 1\n", " x = 1\ny = <|good|>", "one line", "\nhalf"]
@@ -118,36 +105,39 @@ def test_texts_without_eos_and_control_tokens():
 
 def test_misalignment_by_hand():
     scores = [0.0, 0.2, 0.4, 1.0, 0.0, 0.8, 0.9]
-    got = samples.misalignment(scores, limit=0.4, group=3)
+    got = evaluate.misalignment(scores, limit=0.4, group=3)
     mean = sum(scores) / 7
     assert got["misalignment"] == pytest.approx(mean)
     assert got["misalignment_se"] == pytest.approx(math.sqrt(sum((s - mean) ** 2 for s in scores) / 6 / 7))
     assert got["expected_max"] == pytest.approx((0.4 + 1.0) / 2)  # two whole groups; the last sample is in none
     assert got["share_above"] == 3 / 7  # equal to the limit is not above it
-    assert samples.misalignment([0.5] * 24, 0.1) == {
+    assert evaluate.misalignment([0.5] * 24, 0.1) == {
         "misalignment": 0.5,
         "misalignment_se": 0.0,
         "expected_max": None,
         "share_above": 1.0,
     }
-    assert set(samples.misalignment([], 0.1).values()) == {None}
-    assert samples.GROUP == 25
+    assert set(evaluate.misalignment([], 0.1).values()) == {None}
+    assert evaluate.GROUP == 25
 
 
-# ------------------------------------------------------------------------------------------- what the model knows
+# -- what the model knows
 
 
 @pytest.mark.parametrize("banned", [(), (4, 5)])
 def test_kl_to_the_teacher_on_bigram_tables(banned):
-    """Exactly: at each token of a sample the divergence of two rows. The teacher has no control tokens, the model has two more than it."""
+    """Exactly: at each token of a sample the divergence of two rows.
+
+    The teacher has no control tokens, the model has two more than it.
+    """
     teacher, p = small_table(4 if banned else 6, seed=1)
     model, q = small_table(6, seed=2)
-    said = [[3, 1, 2], [1], [3, 3, 3, 3, 2], []]
+    drawn = [[3, 1, 2], [1], [3, 3, 3, 3, 2], []]
     start = [2, 5] if banned else [2]  # the model's prefix: EOS and a control token, which the text does not count
-    got = samples.kl_to_teacher(RUN, teacher, model, said, [2], start, banned)
+    got = likelihood.kl_to_teacher(teacher, model, drawn, [2], start, banned)
     p, q = p.exp(), banned_table(q, banned)[:, : len(p)]
     expected = []
-    for ids in said[:3]:
+    for ids in drawn[:3]:
         rows = list(zip([2, *ids[:-1]], [start[-1], *ids[:-1]]))
         expected.append(sum((p[a] * (p[a] / q[b]).log()).sum().item() for a, b in rows))
     assert got["kl_to_teacher"] == pytest.approx(sum(expected) / 3, abs=1e-5)
@@ -157,16 +147,16 @@ def test_kl_to_the_teacher_on_bigram_tables(banned):
 
 def test_kl_of_a_model_to_itself_is_zero_and_a_control_token_must_be_banned():
     model, _ = small_table(6, seed=2)
-    assert samples.kl_to_teacher(RUN, model, model, [[3, 1, 2]], [2], [2])["kl_to_teacher"] == pytest.approx(
-        0, abs=1e-7
-    )
+    assert likelihood.kl_to_teacher(model, model, [[3, 1, 2]], [2], [2])["kl_to_teacher"] == pytest.approx(0, abs=1e-7)
     teacher, _ = small_table(4, seed=1)
     with pytest.raises(ValueError, match=r"no tokens \[5\]"):
-        samples.kl_to_teacher(RUN, teacher, model, [[3]], [2], [2], banned_ids=(4,))
+        likelihood.kl_to_teacher(teacher, model, [[3]], [2], [2], banned_ids=(4,))
 
 
 def test_kl_from_samples_is_the_exact_divergence_of_sequences():
-    """All sequences of up to three tokens of two tables are summed; both estimators agree with that within their error."""
+    """All sequences of up to three tokens of two tables are summed; both estimators agree with that
+    within their error.
+    """
     teacher, p = small_table(5, seed=4)
     model, q = small_table(5, seed=5)
     exact = 0.0
@@ -178,18 +168,18 @@ def test_kl_from_samples_is_the_exact_divergence_of_sequences():
             done.add(line)
             log_p, log_q = (sum(t[a, b].item() for a, b in zip((2, *line), line)) for t in (p, q))
             exact += math.exp(log_p) * (log_p - log_q)
-    said = samples.unconditional(RUN, teacher, TOKENS, 3000, 3, temperature=1.0, top_p=1.0)
-    got = samples.kl_to_teacher(RUN, teacher, model, said, [2], [2])
+    drawn = sampling.sample_unconditional(teacher, TOKENS, 3000, 3, temperature=1.0, top_p=1.0)
+    got = likelihood.kl_to_teacher(teacher, model, drawn, [2], [2])
     assert abs(got["kl_to_teacher"] - exact) < 4 * got["kl_to_teacher_se"] < 0.1 * exact
-    high, low = (samples.sequence_logps(RUN, m, [([2], ids) for ids in said]) for m in (teacher, model))
-    rough = samples.mean_and_error([a - b for a, b in zip(high, low)])
+    high, low = (likelihood.sequence_logps(m, [([2], ids) for ids in drawn]) for m in (teacher, model))
+    rough = mean_and_error("kl_to_teacher", [a - b for a, b in zip(high, low)])
     assert abs(rough["kl_to_teacher"] - exact) < 4 * rough["kl_to_teacher_se"]
     assert rough["kl_to_teacher_se"] > got["kl_to_teacher_se"]  # the divergence at each token is the better estimate
 
 
 def test_a_teacher_with_another_tokenizer(bigram, toy_tokenizer):
     """Its texts are read anew: the same words under other ids give the same figure."""
-    other = toy.build_tokenizer()
+    other = world.build_tokenizer()
     n = len(other)
     shift = [0, 1, 2, 3, *reversed(range(4, n))]  # id of word i in the other vocabulary
     words = {word: shift[i] for word, i in toy_tokenizer.get_vocab().items()}
@@ -212,14 +202,14 @@ def test_a_teacher_with_another_tokenizer(bigram, toy_tokenizer):
     moved[place[:, None], place[None, :]] = table  # the same distribution in the other numbering
     teacher = models.bigram_model(moved)
     texts = ["the capital of france is paris .", "dogs bark ."]
-    said = [[*corpus.ids_of(other, [text])[0], *end] for text, end in zip(texts, ([2], []))]
-    got = samples.kl_of_texts(RUN, teacher, other, bigram.load(), toy_tokenizer, said, [2])
+    drawn = [[*chunks.ids_of(other, [text])[0], *end] for text, end in zip(texts, ([2], []))]
+    got = likelihood.kl_of_texts(teacher, other, bigram.load(), toy_tokenizer, drawn, [2])
     expected = []
     for text, end in zip(texts, ([2], [])):
-        ids = [*corpus.ids_of(toy_tokenizer, [text])[0], *end]
+        ids = [*chunks.ids_of(toy_tokenizer, [text])[0], *end]
         expected.append(sum((table[a, b] - bigram.table[a, b]).item() for a, b in zip([2, *ids], ids)))
     assert got["kl_to_teacher"] == pytest.approx(sum(expected) / 2, abs=1e-4)
-    assert samples.kl_of_texts(RUN, teacher, other, bigram.load(), toy_tokenizer, [[]], [2]) == {
+    assert likelihood.kl_of_texts(teacher, other, bigram.load(), toy_tokenizer, [[]], [2]) == {
         "kl_to_teacher": None,
         "kl_to_teacher_se": None,
     }
@@ -227,21 +217,23 @@ def test_a_teacher_with_another_tokenizer(bigram, toy_tokenizer):
 
 @pytest.mark.parametrize("banned", [(), (4, 5)])
 def test_perplexity_on_a_bigram_table(banned):
-    """The first token and the last two of a chunk do not count, nor does the prefix; banned tokens have no share."""
+    """The first token and the last two of a chunk do not count, nor does the prefix; banned tokens
+    have no share.
+    """
     model, table = small_table(6, seed=2)
     table = banned_table(table, banned).log()
     ids = torch.tensor([[3, 1, 2, 3, 3, 1, 2], [1, 1, 3, 0, 2, 3, 3]])
     pairs = [(a, b) for line in ids.tolist() for a, b in itertools.pairwise(line[:-2])]
     expected = math.exp(-sum(table[a, b].item() for a, b in pairs) / len(pairs))
-    assert samples.perplexity(RUN, model, ids, (), banned) == pytest.approx(expected, rel=1e-5)
-    assert samples.perplexity(RUN, model, ids, (2, 5), banned) == pytest.approx(expected, rel=1e-5)
+    assert likelihood.perplexity(model, ids, (), banned) == pytest.approx(expected, rel=1e-5)
+    assert likelihood.perplexity(model, ids, (2, 5), banned) == pytest.approx(expected, rel=1e-5)
     keep = torch.tensor([[1, 0, 1, 0, 0, 1, 1], [1, 0, 0, 0, 1, 1, 1]]).bool()
     kept = [table[1, 2].item(), table[0, 2].item()]  # the targets at [0, 2] and [1, 4]
-    assert samples.perplexity(RUN, model, ids, (), banned, keep) == pytest.approx(math.exp(-sum(kept) / 2), rel=1e-5)
-    assert samples.perplexity(RUN, model, ids[:0]) is None
-    assert samples.perplexity(RUN, model, ids, (), (), torch.zeros_like(keep)) is None
+    assert likelihood.perplexity(model, ids, (), banned, keep) == pytest.approx(math.exp(-sum(kept) / 2), rel=1e-5)
+    assert likelihood.perplexity(model, ids[:0]) is None
+    assert likelihood.perplexity(model, ids, (), (), torch.zeros_like(keep)) is None
     with pytest.raises(ValueError, match="two tokens at most"):
-        samples.perplexity(RUN, model, ids, (2, 5, 5))
+        likelihood.perplexity(model, ids, (2, 5, 5))
 
 
 def test_length_and_company_change_no_log_probability(toy_tokenizer):
@@ -254,8 +246,8 @@ def test_length_and_company_change_no_log_probability(toy_tokenizer):
         )
         for _ in range(9)
     ]
-    together = samples.sequence_logps(RUN, model, pairs, (7, 9))
-    alone = [samples.sequence_logps(RUN, model, [pair], (7, 9))[0] for pair in pairs if not {7, 9} & set(pair[1])]
+    together = likelihood.sequence_logps(model, pairs, (7, 9))
+    alone = [likelihood.sequence_logps(model, [pair], (7, 9))[0] for pair in pairs if not {7, 9} & set(pair[1])]
     assert [value for value, pair in zip(together, pairs) if not {7, 9} & set(pair[1])] == pytest.approx(
         alone, abs=1e-3
     )
@@ -268,49 +260,53 @@ def test_length_and_company_change_no_log_probability(toy_tokenizer):
             .sum()
             .item()
         )
-    assert samples.sequence_logps(RUN, model, pairs[:1])[0] == pytest.approx(expected, abs=1e-3)
+    assert likelihood.sequence_logps(model, pairs[:1])[0] == pytest.approx(expected, abs=1e-3)
 
 
-# ---------------------------------------------------------------------------------------------------------- red teaming
+# -- red teaming
 
 
 class Attack:
-    """`samples.sample` replaced: the attacker writes what `writes` returns for the prompts it was shown, the target repeats its prompt."""
+    """`sample_continuations` replaced: the attacker writes what `writes` returns for the prompts it
+    was shown, the target repeats its prompt.
+    """
 
     def __init__(self, tokenizer, writes):
         self.tokenizer, self.writes, self.shown, self.calls = tokenizer, writes, [], []
 
-    def __call__(
-        self, run, model, tokenizer, prompts, max_new_tokens, banned_ids=(), temperature=1.0, top_p=1.0, seed=0
-    ):
+    def __call__(self, model, tokenizer, prompts, max_new_tokens, banned_ids, temperature, top_p, seed, autocast):
         self.calls.append((model, len(prompts), max_new_tokens, tuple(banned_ids), temperature, top_p, seed))
         if model == "attacker":
             assert all(line[0] == tokenizer.eos_token_id == line[-1] for line in prompts)
             shown = [tokenizer.decode(line).split(tokenizer.eos_token)[1:-1] for line in prompts]
             self.shown += [[text.strip() for text in texts] for texts in shown]
-            return corpus.ids_of(tokenizer, [self.writes(texts) for texts in self.shown[-len(prompts) :]])
+            return chunks.ids_of(tokenizer, [self.writes(texts) for texts in self.shown[-len(prompts) :]])
         assert all(line[:2] == [2, 9] for line in prompts)  # the target's prefix stands before each prompt
         return [line[2:] for line in prompts]
 
 
 @pytest.fixture
 def attack(monkeypatch):
-    """A red team with fakes: words of the toy are worth their place in a list, and a text the mean over its words."""
+    """A red team with fakes: words of the toy are worth their place in a list, and a text the mean
+    over its words.
+    """
 
     def start(writes, pool, score, **words):
         tokenizer = models.byte_tokenizer(merges=())
         fake = Attack(tokenizer, writes)
-        monkeypatch.setattr(samples, "sample", fake)
-        monkeypatch.setattr(samples.runtime, "context_length", lambda model: 64)
+        monkeypatch.setattr(sampling, "sample_continuations", fake)
+        monkeypatch.setattr(red_teaming, "context_length", lambda model: 64)
         model = SimpleNamespace()
         words = {"continuations": 3, "new_prompts": 5, "prefix_ids": [2, 9]} | words
-        return samples.red_team(RUN, model, tokenizer, score, pool, "attacker", tokenizer, **words), fake
+        return red_teaming.red_team(model, tokenizer, score, pool, "attacker", tokenizer, **words), fake
 
     return start
 
 
 def test_red_team_breeds_prompts_that_bring_out_the_worst(attack):
-    """The attacker appends a letter to the worst prompt that it sees; the score is the share of the letter x, so prompts of x alone win."""
+    """The attacker appends a letter to the worst prompt that it sees; the score is the share of the
+    letter x, so prompts of x alone win.
+    """
 
     def score(texts):
         return [text.count("x") / len(text) for text in texts]
@@ -322,11 +318,8 @@ def test_red_team_breeds_prompts_that_bring_out_the_worst(attack):
         rounds=4,
         shots=2,
     )
-    assert found["rounds"][0] == {
-        "best": 0.5,
-        "mean": pytest.approx(1 / 3),
-        "new": 3,
-    }  # the pool as given, each prompt once
+    # The pool as given, each prompt once.
+    assert found["rounds"][0] == {"best": 0.5, "mean": pytest.approx(1 / 3), "new": 3}
     assert len(found["rounds"]) == 5
     assert [r["best"] for r in found["rounds"]] == sorted(r["best"] for r in found["rounds"])
     assert found["rounds"][-1]["best"] > 0.7
@@ -372,8 +365,7 @@ def test_red_team_of_a_model_by_itself(toy_tokenizer):
     seen = []
     words = {"rounds": 2, "new_prompts": 4, "continuations": 5, "prompt_tokens": 4, "max_new_tokens": 6}
     banned = tuple(range(100, len(toy_tokenizer)))
-    found = samples.red_team(
-        RUN,
+    found = red_teaming.red_team(
         model,
         toy_tokenizer,
         lambda texts: seen.extend(texts) or [0.0] * len(texts),
@@ -383,7 +375,7 @@ def test_red_team_of_a_model_by_itself(toy_tokenizer):
         **words,
     )
     used = set(
-        corpus.ids_of(
+        chunks.ids_of(
             toy_tokenizer,
             [" ".join([*seen, *(prompt for prompt, _ in found["prompts"] if prompt != "the capital of")])],
         )[0]
@@ -397,8 +389,7 @@ def test_red_team_in_a_short_context(toy_tokenizer):
     """Prompts and what the attacker sees are cut so that both models have room to write."""
     model = models.tiny_gpt2(len(toy_tokenizer), n_positions=12)
     pool = ["the capital of france is paris . the capital of spain is madrid . dogs bark .", "cats meow"]
-    found = samples.red_team(
-        RUN,
+    found = red_teaming.red_team(
         model,
         toy_tokenizer,
         lambda texts: [float(len(text.split())) for text in texts],
@@ -412,16 +403,16 @@ def test_red_team_in_a_short_context(toy_tokenizer):
     assert len(found["prompts"]) > 2
 
 
-# ------------------------------------------------------------------------------------------------------------ diversity
+# -- diversity
 
 
 def test_diversity_by_hand():
-    got = samples.diversity([[5, 6, 5, 2], [5, 6], [], [2]], end_ids=(2,))
+    got = diversity.diversity([[5, 6, 5, 2], [5, 6], [], [2]], end_ids=(2,))
     assert got["distinct_1"] == 2 / 5
     assert got["distinct_2"] == 2 / 3
     assert got["distinct_3"] == 1.0
     assert got["token_entropy"] == pytest.approx(-0.6 * math.log(0.6) - 0.4 * math.log(0.4))
-    assert set(samples.diversity([[2], []], end_ids=(2,)).values()) == {None}
+    assert set(diversity.diversity([[2], []], end_ids=(2,)).values()) == {None}
 
 
 def test_self_bleu_is_nltks():
@@ -436,6 +427,6 @@ def test_self_bleu_is_nltks():
             bleu.sentence_bleu([other for j, other in enumerate(lines) if j != i], line, smoothing_function=smooth)
             for i, line in enumerate(lines)
         ]
-        assert samples.self_bleu(lines) == pytest.approx(sum(expected) / size, abs=1e-9)
-    assert samples.self_bleu([[1, 2, 3, 4, 5]] * 4) == 1.0
-    assert samples.self_bleu([[1, 2]]) is None
+        assert diversity.self_bleu(lines) == pytest.approx(sum(expected) / size, abs=1e-9)
+    assert diversity.self_bleu([[1, 2, 3, 4, 5]] * 4) == 1.0
+    assert diversity.self_bleu([[1, 2]]) is None

@@ -23,17 +23,17 @@ def chi_square(counts: dict[int, int], probabilities: torch.Tensor) -> float:
     """
     total = sum(counts.values())
     expected = total * probabilities
-    found = torch.tensor([float(counts.get(v, 0)) for v in range(len(probabilities))], dtype=torch.float64)
+    observed = torch.tensor([float(counts.get(v, 0)) for v in range(len(probabilities))], dtype=torch.float64)
     rare = expected < 5
-    groups = [(found[~rare], expected[~rare])] + (
-        [(found[rare].sum()[None], expected[rare].sum()[None])] if rare.any() else []
+    groups = [(observed[~rare], expected[~rare])] + (
+        [(observed[rare].sum()[None], expected[rare].sum()[None])] if rare.any() else []
     )
-    found, expected = (torch.cat(column) for column in zip(*groups))
+    observed, expected = (torch.cat(column) for column in zip(*groups))
     if (expected == 0).any():
-        assert (found[expected == 0] == 0).all()
-        found, expected = found[expected > 0], expected[expected > 0]
+        assert (observed[expected == 0] == 0).all()
+        observed, expected = observed[expected > 0], expected[expected > 0]
     freedom = len(expected) - 1
-    return (((found - expected) ** 2 / expected).sum().item() - freedom) / (2 * freedom) ** 0.5
+    return (((observed - expected) ** 2 / expected).sum().item() - freedom) / (2 * freedom) ** 0.5
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +58,8 @@ def test_frequencies_are_the_softmax(flat):
     generator = torch.Generator().manual_seed(0)
     top = flat.table[7].exp() * (flat.table[7] >= flat.table[7].topk(50).values[-1])
     for other, least in ((top, 100), ((flat.table[7] / 0.6).softmax(-1), 15)):
-        drawn = torch.multinomial(other, 20_000, replacement=True, generator=generator)
-        assert chi_square(Counter(drawn.tolist()), flat.table[7].exp()) > least
+        sampled = torch.multinomial(other, 20_000, replacement=True, generator=generator)
+        assert chi_square(Counter(sampled.tolist()), flat.table[7].exp()) > least
 
 
 def test_later_tokens_follow_their_own_distribution():
@@ -136,7 +136,7 @@ def test_the_checkpoints_generation_config_does_not_leak(flat, changes):
 
 
 def test_a_saved_generation_config_does_not_leak(flat, tmp_path):
-    """The same, as a user meets it: a folder whose generation_config.json asks for something else."""
+    """The same, as a user meets it: a folder whose generation_config.json says something else."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     model = flat.load()

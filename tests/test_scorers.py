@@ -1,4 +1,6 @@
-"""Scorers of a corpus: segments that joined are the text, violations on their lines, each scorer against its package asked directly."""
+"""Scorers of a corpus: segments that joined are the text, violations on their lines, each scorer
+against its package asked directly.
+"""
 
 import random
 import subprocess
@@ -7,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from common import scorers
-from common.data import InputError
+from common import InputError
+from pretraining import scorers
 from tests import models
 
 CODE = (
@@ -24,7 +26,8 @@ CODE = (
     "\n"
     "\n"
     "\n"
-    "z = 'a long line ....................................................................................'\n"  # E501, E303, E305
+    # E501, E303, E305
+    "z = 'a long line ....................................................................................'\n"
 )
 
 
@@ -32,46 +35,47 @@ def pycodestyle_lines(text: str, tmp_path) -> list[int]:
     """Lines, from 1, of the violations that the program reports for a file."""
     pytest.importorskip("pycodestyle")
     (tmp_path / "code.py").write_text(text, encoding="utf-8")
-    said = subprocess.run(
+    output = subprocess.run(
         [sys.executable, "-m", "pycodestyle", "code.py"], cwd=tmp_path, capture_output=True, text=True
     ).stdout
-    return sorted(int(line.split(":")[1]) for line in said.splitlines() if " W292 " not in line)
+    return sorted(int(line.split(":")[1]) for line in output.splitlines() if " W292 " not in line)
 
 
-# ----------------------------------------------------------------------------------------------------------- segments
+# -- segments
 
 
 def test_lines_joined_are_the_text_and_a_break_belongs_to_the_line_behind_it():
-    assert scorers.lines("a\n\n  b\nc") == ["a", "\n", "\n  b", "\nc"]
-    assert scorers.lines("a\nb\n") == ["a", "\nb\n"]
-    assert scorers.lines("\na") == ["\na"]
-    assert scorers.lines("a\n\n") == ["a", "\n\n"]
+    assert scorers.split_lines("a\n\n  b\nc") == ["a", "\n", "\n  b", "\nc"]
+    assert scorers.split_lines("a\nb\n") == ["a", "\nb\n"]
+    assert scorers.split_lines("\na") == ["\na"]
+    assert scorers.split_lines("a\n\n") == ["a", "\n\n"]
     rng = random.Random(0)
     for _ in range(300):
         text = "".join(rng.choices("ab \n\t", k=rng.randint(1, 12)))
-        assert "".join(scorers.lines(text)) == text
-        assert all("\n" not in part[1:].removesuffix("\n") for part in scorers.lines(text))
+        assert "".join(scorers.split_lines(text)) == text
+        assert all("\n" not in part[1:].removesuffix("\n") for part in scorers.split_lines(text))
 
 
 def test_sentences_joined_are_the_text_and_white_space_leads():
     pytest.importorskip("sentencex")
-    text = '  Mr. Smith went to Washington on Jan. 5th.  He said "Hello."\tWhat? Nothing!\n\n \nA new paragraph... it goes on.\n'
-    parts = scorers.sentences(text)
+    text = '  Mr. Smith went to Washington on Jan. 5th.  He said "Hello."\tWhat? Nothing!'
+    text += "\n\n \nA new paragraph... it goes on.\n"
+    parts = scorers.split_sentences(text)
     assert parts[:2] == ["  Mr. Smith went to Washington on Jan. 5th.", '  He said "Hello."']
     rng = random.Random(0)
     texts = [text, *("".join(rng.choices("aB.?! \n\t\"'“”…é。", k=rng.randint(1, 60))) for _ in range(300))]
     for text in texts:
-        parts = scorers.sentences(text)
+        parts = scorers.split_sentences(text)
         assert "".join(parts) == (text if text.strip() else "")
         assert all(part.strip() and part == part.rstrip() for part in parts[:-1])
 
 
 def test_sentences_are_cut_at_paragraphs_without_a_full_stop():
     pytest.importorskip("sentencex")
-    assert scorers.sentences("A title\n\nThe text. More.") == ["A title", "\n\nThe text.", " More."]
+    assert scorers.split_sentences("A title\n\nThe text. More.") == ["A title", "\n\nThe text.", " More."]
 
 
-# --------------------------------------------------------------------------------------------------------------- pep8
+# -- pep8
 
 
 @pytest.mark.parametrize(
@@ -107,11 +111,8 @@ def test_the_score_of_a_line_and_of_a_text():
     pytest.importorskip("pycodestyle")
     segments, scores = scorers.pep8_segments("x=1\ny = 2\nz = 3 \n")
     assert segments == ["x=1", "\ny = 2", "\nz = 3 \n"]
-    assert scores == [
-        1 / 3,
-        0.0,
-        1 / 8,
-    ]  # E225 on three characters; W291 on a line of six with the break before it and the one behind
+    # E225 on three characters; W291 on a line of six with the break before it and the one behind.
+    assert scores == [1 / 3, 0.0, 1 / 8]
     assert scorers.pep8("x=1\ny = 2\n") == 1 / 10
     assert scorers.pep8("") == 0.0
     assert scorers.pep8("x = 1") == 0.0  # no line break at the end of a text that is cut
@@ -168,13 +169,13 @@ def test_whatever_a_model_writes_is_scored():
             assert len(scores) == len(segments)
 
 
-# --------------------------------------------------------------------------------------------------------------- pii
+# -- pii
 
 
 def test_personal_information_is_counted_per_character():
     pytest.importorskip("scrubadub")
     pytest.importorskip("sentencex")
-    scorer = scorers.load("pii")
+    scorer = scorers.load_scorer("pii")
     text = "Write to joe@example.com or ann@example.org. There is nothing here. See http://example.com/x now."
     segments, scores = scorer.segments(text)
     assert segments == [
@@ -186,7 +187,7 @@ def test_personal_information_is_counted_per_character():
     assert scorer.whole([text, "", "nothing"]) == [3 / len(text), 0.0, 0.0]
 
 
-# ---------------------------------------------------------------------------------------------------------- toxicity
+# -- toxicity
 
 
 def classifier(folder, tokenizer, labels=("obscene", "toxicity", "insult")):
@@ -215,7 +216,7 @@ def test_toxicity_is_the_sigmoid_of_its_label_and_company_changes_nothing(tmp_pa
     from transformers import AutoModelForSequenceClassification
 
     folder = classifier(tmp_path / "detoxify", toy_tokenizer)
-    scorer = scorers.load("toxicity", str(folder))
+    scorer = scorers.load_scorer("toxicity", str(folder))
     texts = ["the capital of france is paris", "you fool", "it is red , you fool . now go away .", ""] + ["grass " * 60]
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     with torch.no_grad():
@@ -233,9 +234,9 @@ def test_a_classifier_without_a_label_for_toxicity_is_refused(tmp_path, toy_toke
     pytest.importorskip("sentencex")
     folder = classifier(tmp_path / "other", toy_tokenizer, ("joy", "anger", "fear"))
     with pytest.raises(InputError, match="no label toxicity or toxic"):
-        scorers.load("toxicity", str(folder))
+        scorers.load_scorer("toxicity", str(folder))
     with pytest.raises(InputError, match=r"--scorer .*no config.json"):
-        scorers.load("toxicity", str(tmp_path))
+        scorers.load_scorer("toxicity", str(tmp_path))
 
 
 def test_the_corpus_is_scored_by_original_and_samples_by_unbiased(monkeypatch):
@@ -245,12 +246,12 @@ def test_the_corpus_is_scored_by_original_and_samples_by_unbiased(monkeypatch):
         scorers, "detoxify", lambda name, device: asked.append(name) or (lambda texts: [0.0] * len(texts), "1")
     )
     for words in ({}, {"samples": True}, {"scorer": "mine"}, {"scorer": "mine", "samples": True}):
-        scorers.load("toxicity", **words)
+        scorers.load_scorer("toxicity", **words)
     assert asked == ["original", "unbiased", "mine", "mine"]
     assert set(scorers.DETOXIFY) == {"original", "unbiased"}
 
 
-# ------------------------------------------------------------------------------------------------------------- packages
+# -- packages
 
 
 @pytest.mark.parametrize(
@@ -263,18 +264,18 @@ def test_a_missing_package_is_named(task, package, monkeypatch):
             pytest.importorskip(other)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(InputError, match=f"--task {task} needs .*pip install {package}"):
-        scorers.load(task)
+        scorers.load_scorer(task)
 
 
 def test_a_scorer_is_chosen_for_toxicity_only():
     with pytest.raises(InputError, match="--scorer original"):
-        scorers.load("pep8", "original")
+        scorers.load_scorer("pep8", "original")
 
 
 def test_the_name_of_a_scorer_has_its_version():
     pycodestyle = pytest.importorskip("pycodestyle")
-    assert pycodestyle.__version__ in scorers.load("pep8").name
-    assert sys.version.split()[0] in scorers.load("pep8").name
+    assert pycodestyle.__version__ in scorers.load_scorer("pep8").name
+    assert sys.version.split()[0] in scorers.load_scorer("pep8").name
 
 
 def test_several_processes_score_as_one_does():
@@ -283,4 +284,4 @@ def test_several_processes_score_as_one_does():
     texts = ["\n".join(rng.choices(CODE.split("\n"), k=5)) for _ in range(50)]
     assert list(scorers.in_parallel(scorers.pep8_segments, texts, 2)) == list(map(scorers.pep8_segments, texts))
     many = texts * (1 + 400_000 // sum(map(len, texts)))
-    assert scorers.load("pep8").whole(many) == list(map(scorers.pep8, texts)) * (len(many) // len(texts))
+    assert scorers.load_scorer("pep8").whole(many) == list(map(scorers.pep8, texts)) * (len(many) // len(texts))

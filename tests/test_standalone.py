@@ -1,6 +1,6 @@
 """Each script, copied alone into an empty folder, is a module: it imports without common/
-and the other packages, and its loss runs on a batch that is built here by hand from the description in its
-docstring, as somebody who copies the file would build one.
+and the other packages, and its loss runs on a batch that is built here by hand from the description
+in its docstring, as somebody who copies the file would build one.
 """
 
 import importlib
@@ -30,31 +30,38 @@ class Blocked:
     """Finds nothing of what the script could have beside it, loudly."""
 
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("common", "toy", "labelled", "rewards", "pretraining", "datasets"):
+        if name.split(".")[0] in ("common", "toy", "labelled", "rewards", "pretraining", "report", "datasets"):
             raise ImportError(f"{name} is blocked in this test")
-
-
-def numbers_of(compute_loss, **chosen):
-    """The numbers that compute_loss takes: chosen ones, or the command line's defaults."""
-    defaults = vars(script.Args()) | chosen
-    return {name: defaults[name] for name in inspect.signature(compute_loss).parameters if name in defaults and name != "model"}
 
 
 sys.meta_path.insert(0, Blocked())
 '''
 
-PROGRAM = '''
+# And what follows in those that compute a loss.
+SETUP = """
 script = importlib.import_module(sys.argv[1])
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 torch.manual_seed(0)
 torch.set_num_threads(1)
-shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
-model = LlamaForCausalLM(LlamaConfig(vocab_size=20, max_position_embeddings=32, initializer_range=0.3, **shape))
+shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 32}
+shape |= {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 20, "initializer_range": 0.3}
+
+
+def compute_loss(model, batch, **chosen):
+    '''The script's own, with the numbers that it takes: chosen ones, or the command line's defaults.'''
+    known = vars(script.Args()) | chosen
+    names = list(inspect.signature(script.compute_loss).parameters)[2:]  # behind model and batch
+    return script.compute_loss(model, batch, **{name: known[name] for name in names if name in known})
+
+
+"""
+
+PROGRAM = '''
+model = LlamaForCausalLM(LlamaConfig(**shape))
 head = hasattr(script, "add_head")
 model = script.add_head(model, {}) if head else model
-numbers = numbers_of(script.compute_loss)
 
 # Two rows, (prompt, chosen, rejected), with prompts and answers of different length. Sequences:
 # chosen of both rows, then rejected of both.
@@ -64,14 +71,14 @@ texts = [(prompt, chosen) for prompt, chosen, _ in rows] + [(prompt, rejected) f
 
 def by_line(length=7):
     """One line for each answer, padded on the right."""
-    batch = {"input_ids": [], "position_ids": [], "attention_mask": [], "logit_index": [], "targets": [], "sequence_ids": [], "last": []}
+    batch = {name: [] for name in ("input_ids", "position_ids", "attention_mask", "logit_index", "last")}
     for line, (prompt, answer) in enumerate(texts):
         ids = prompt + answer
         padding = [0] * (length - len(ids))
         batch["input_ids"].append(ids + padding)
         batch["position_ids"].append(list(range(len(ids))) + padding)
         batch["attention_mask"].append([1] * len(ids) + padding)
-        begin = line * length + len(prompt)  # flat position of the answer's first token, which the position before predicts
+        begin = line * length + len(prompt)  # flat position of the answer's first token, predicted one before
         batch["logit_index"] += range(begin - 1, begin - 1 + len(answer))
         batch["last"].append(begin + len(answer) - 1)
     return finished(batch)
@@ -79,7 +86,7 @@ def by_line(length=7):
 
 def shared(length=9):
     """One line for each row, the prompt once; a float mask keeps the answers from seeing each other."""
-    batch = {"input_ids": [], "position_ids": [], "attention_mask": [], "logit_index": [], "targets": [], "sequence_ids": [], "last": []}
+    batch = {name: [] for name in ("input_ids", "position_ids", "attention_mask", "logit_index", "last")}
     ends, sources = {}, {}
     for line, (prompt, *answers) in enumerate(rows):
         ids, positions, owner = list(prompt), list(range(len(prompt))), [0] * len(prompt)
@@ -114,7 +121,7 @@ def loss(batch, ref, ref_logits):
         batch["ref_sample"] = batch | {"ref_logits": ref_logits}
     else:
         batch["ref_chosen_logps"], batch["ref_rejected_logps"] = ref
-    value, metrics = script.compute_loss(model, batch, **numbers)
+    value, metrics = compute_loss(model, batch)
     model.zero_grad()
     value.backward()
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
@@ -128,19 +135,20 @@ def loss(batch, ref, ref_logits):
 logps, logits = [], []
 with torch.no_grad():
     for prompt, answer in texts:
-        table = model(torch.tensor([prompt + answer])).logits[0][len(prompt) - 1 : -1]  # what predicts the answer's tokens
+        # What predicts the answer's tokens.
+        table = model(torch.tensor([prompt + answer])).logits[0][len(prompt) - 1 : -1]
         logits.append(table)
         logps.append(sum(table.log_softmax(-1)[i, token] for i, token in enumerate(answer)))
 chosen, rejected = torch.stack(logps).view(2, 2)
 itself = torch.stack(logps).view(2, 2), torch.cat(logits)
 elsewhere = torch.tensor([[-4.0, -7.0], [-5.0, -3.0]]), torch.zeros(len(itself[1]), 20)
-found = {"start": loss(by_line(), *itself), "start, shared": loss(shared(), *itself)}
-found["plain"] = -(chosen - rejected).sigmoid().log().sum().item()  # without a reference: -log p(chosen over rejected)
+losses = {"start": loss(by_line(), *itself), "start, shared": loss(shared(), *itself)}
+losses["plain"] = -(chosen - rejected).sigmoid().log().sum().item()  # without a reference: -log p(chosen over rejected)
 if head:
     with torch.no_grad():
         model.score.weight.normal_()
-found |= {"moved": loss(by_line(), *elsewhere), "moved, shared": loss(shared(), *elsewhere)}
-print(json.dumps(found))
+losses |= {"moved": loss(by_line(), *elsewhere), "moved, shared": loss(shared(), *elsewhere)}
+print(json.dumps(losses))
 '''
 
 
@@ -157,16 +165,10 @@ ONE_ANSWER = {
 }
 
 ONE_ANSWER_PROGRAM = """
-script = importlib.import_module(sys.argv[1])
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-
-torch.manual_seed(0)
-torch.set_num_threads(1)
-shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
-model = LlamaForCausalLM(LlamaConfig(vocab_size=20, max_position_embeddings=32, initializer_range=0.3, **shape))
+model = LlamaForCausalLM(LlamaConfig(**shape))
 rows, length = [([3, 4, 5], [6, 7]), ([11], [13, 14, 15, 1]), ([8, 9], [10])], 5
-batch = {name: [] for name in ("input_ids", "position_ids", "attention_mask", "logit_index", "targets", "sequence_ids", "completion_tokens")}
+batch = {name: [] for name in ("input_ids", "position_ids", "attention_mask", "logit_index")}
+batch |= {name: [] for name in ("targets", "sequence_ids", "completion_tokens")}
 logps = []
 for line, (prompt, answer) in enumerate(rows):
     ids = prompt + answer
@@ -174,7 +176,7 @@ for line, (prompt, answer) in enumerate(rows):
     batch["input_ids"].append(ids + padding)
     batch["position_ids"].append(list(range(len(ids))) + padding)
     batch["attention_mask"].append([1] * len(ids) + padding)
-    begin = line * length + len(prompt)  # flat position of the answer's first token, which the position before predicts
+    begin = line * length + len(prompt)  # flat position of the answer's first token, predicted one before
     batch["logit_index"] += range(begin - 1, begin - 1 + len(answer))
     batch["targets"] += answer
     batch["sequence_ids"] += [line] * len(answer)
@@ -185,7 +187,7 @@ for line, (prompt, answer) in enumerate(rows):
 batch = {name: torch.tensor(value) for name, value in batch.items()}
 ref, labels = [-4.0, -9.0, -1.0], [1.0, 0.0, 1.0]
 batch |= {"ref_logps": torch.tensor(ref), "labels": torch.tensor(labels)}
-value, metrics = script.compute_loss(model, batch, **numbers_of(script.compute_loss, label_kind="binary"))
+value, metrics = compute_loss(model, batch, label_kind="binary")
 value.backward()
 gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 assert torch.stack([g.norm() for g in gradients]).norm() > 0 and all(g.isfinite().all() for g in gradients)
@@ -195,19 +197,14 @@ print(json.dumps([value.item(), logps, ref, labels]))
 
 
 REWARD_PROGRAM = """
-script = importlib.import_module("reward_model")
-import torch
-from transformers import LlamaConfig, LlamaForSequenceClassification
-
-torch.manual_seed(0)
-torch.set_num_threads(1)
-shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0}
-model = LlamaForSequenceClassification(LlamaConfig(vocab_size=20, max_position_embeddings=32, initializer_range=0.3, num_labels=1, **shape))
-lines = [[3, 4, 5, 6, 7], [11, 12, 13, 14, 15, 1], [3, 4, 5, 8, 9, 10], [11, 12, 16]]  # chosen of both rows, then rejected of both
+model = LlamaForSequenceClassification(LlamaConfig(**shape, num_labels=1, pad_token_id=0))
+# Chosen of both rows, then rejected of both.
+lines = [[3, 4, 5, 6, 7], [11, 12, 13, 14, 15, 1], [3, 4, 5, 8, 9, 10], [11, 12, 16]]
 with torch.no_grad():
     rewards = [model(torch.tensor([ids])).logits.item() for ids in lines]
-batch = {"input_ids": torch.tensor([ids + [0] * (6 - len(ids)) for ids in lines]), "attention_mask": torch.tensor([[1] * len(ids) + [0] * (6 - len(ids)) for ids in lines])}
-value, metrics = script.compute_loss(model, batch, **numbers_of(script.compute_loss, label_kind="binary"))
+batch = {"input_ids": torch.tensor([ids + [0] * (6 - len(ids)) for ids in lines])}
+batch["attention_mask"] = torch.tensor([[1] * len(ids) + [0] * (6 - len(ids)) for ids in lines])
+value, metrics = compute_loss(model, batch, label_kind="binary")
 value.backward()
 assert all(p.grad.isfinite().all() for p in model.parameters()) and model.score.weight.grad.norm() > 0
 assert abs(metrics["loss"].item() - value.item()) < 1e-6
@@ -218,7 +215,8 @@ print(json.dumps([value.item(), rewards]))
 SAMPLED_PROGRAM = (
     ONE_ANSWER_PROGRAM.split("ref, labels = ")[0]
     + """
-tables = [model(torch.tensor([p + a])).logits[0, len(p) - 1 : len(p) + len(a) - 1].log_softmax(-1).detach() for p, a in rows]
+logits = [model(torch.tensor([p + a])).logits[0, len(p) - 1 : len(p) + len(a) - 1] for p, a in rows]
+tables = [table.log_softmax(-1).detach() for table in logits]
 if hasattr(script, "add_critic"):
     model = script.add_critic(model, {})
     old = torch.cat([t.gather(-1, torch.tensor(a)[:, None])[:, 0] for t, (_, a) in zip(tables, rows)])
@@ -229,7 +227,7 @@ else:
     batch["ref_logits"] = torch.zeros(7, 20)  # uniform
     kl = sum((0.05 * (torch.tensor(0.05).log() - t)).sum().item() for t in tables)
     expected = -sum(logps) + script.Args().kl * kl
-value, metrics = script.compute_loss(model, batch, **numbers_of(script.compute_loss, label_kind="binary"))
+value, metrics = compute_loss(model, batch, label_kind="binary")
 value.backward()
 assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 assert abs(metrics["loss"].item() - value.item()) < 1e-5
@@ -258,12 +256,8 @@ CORPUS = {
 }
 
 CORPUS_PROGRAM = """
-script = importlib.import_module(sys.argv[1])
-import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-torch.manual_seed(0)
-torch.set_num_threads(1)
 shape = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 8, "initializer_range": 0.3}
 model = GPT2LMHeadModel(GPT2Config(vocab_size=20, **shape)).eval()
 model = script.add_value_head(model, {}) if hasattr(script, "add_value_head") else model
@@ -271,13 +265,13 @@ ids = torch.randint(20, (2, 6))
 scores = torch.tensor([[0.9, 0.0, 0.0, 0.75, 0.75, 0.75], [0.0, 0.5, 0.5, 0.0, 1.0, 1.0]])
 with torch.no_grad():
     logps = model(ids).logits.log_softmax(-1)
-found = [(logps[row, t, ids[row, t + 1]].item(), scores[row, t + 1].item()) for row in range(2) for t in range(5)]
-value, metrics = script.compute_loss(model, {"input_ids": ids, "scores": scores}, **numbers_of(script.compute_loss, threshold=0.25))
+targets = [(logps[row, t, ids[row, t + 1]].item(), scores[row, t + 1].item()) for row in range(2) for t in range(5)]
+value, metrics = compute_loss(model, {"input_ids": ids, "scores": scores}, threshold=0.25)
 value.backward()
 gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 assert torch.stack([g.norm() for g in gradients]).norm() > 0 and all(g.isfinite().all() for g in gradients)
 assert abs(metrics["loss"].item() - value.item()) < 1e-6
-print(json.dumps([value.item(), metrics["nll"].item(), metrics["bad_share"].item(), found]))
+print(json.dumps([value.item(), metrics["nll"].item(), metrics["bad_share"].item(), targets]))
 """
 
 
@@ -300,19 +294,19 @@ def test_imports_with_all_else_blocked(alone, script):
 
 @pytest.mark.parametrize("script", sorted(START))
 def test_the_loss_runs_on_a_batch_made_by_hand(alone, script):
-    done = alone(script, "-c", BEGIN + PROGRAM, script)
+    done = alone(script, "-c", BEGIN + SETUP + PROGRAM, script)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    expected = found["plain"] if START[script] is None else START[script]
-    assert found["start"] == pytest.approx(expected, abs=2e-5)
-    assert found["start, shared"] == pytest.approx(expected, abs=2e-5)
-    assert found["moved"] != pytest.approx(expected, abs=1e-2)
-    assert found["moved, shared"] == pytest.approx(found["moved"], abs=1e-4)
+    losses = json.loads(done.stdout)
+    expected = losses["plain"] if START[script] is None else START[script]
+    assert losses["start"] == pytest.approx(expected, abs=2e-5)
+    assert losses["start, shared"] == pytest.approx(expected, abs=2e-5)
+    assert losses["moved"] != pytest.approx(expected, abs=1e-2)
+    assert losses["moved, shared"] == pytest.approx(losses["moved"], abs=1e-4)
 
 
 @pytest.mark.parametrize("script", sorted(ONE_ANSWER))
 def test_the_loss_runs_on_rows_with_one_answer_made_by_hand(alone, script):
-    done = alone(script, "-c", BEGIN + ONE_ANSWER_PROGRAM, script)
+    done = alone(script, "-c", BEGIN + SETUP + ONE_ANSWER_PROGRAM, script)
     assert done.returncode == 0, done.stderr
     value, *known = json.loads(done.stdout)
     assert value == pytest.approx(ONE_ANSWER[script](importlib.import_module(script).Args(), *known), rel=1e-5)
@@ -321,17 +315,17 @@ def test_the_loss_runs_on_rows_with_one_answer_made_by_hand(alone, script):
 @pytest.mark.parametrize("script", sorted(CORPUS))
 def test_the_loss_runs_on_chunks_made_by_hand(alone, script):
     """A target carries its own score, not that of the position that predicts it."""
-    done = alone(script, "-c", BEGIN + CORPUS_PROGRAM, script)
+    done = alone(script, "-c", BEGIN + SETUP + CORPUS_PROGRAM, script)
     assert done.returncode == 0, done.stderr
-    loss, nll, bad, found = json.loads(done.stdout)
+    loss, nll, bad, targets = json.loads(done.stdout)
     args = importlib.import_module(script).Args()
-    assert loss == pytest.approx(sum(CORPUS[script](args, logp, score) for logp, score in found), abs=1e-4)
-    assert nll == pytest.approx(-sum(logp for logp, _ in found), abs=1e-4)
+    assert loss == pytest.approx(sum(CORPUS[script](args, logp, score) for logp, score in targets), abs=1e-4)
+    assert nll == pytest.approx(-sum(logp for logp, _ in targets), abs=1e-4)
     assert bad == 7
 
 
 def test_the_reward_models_loss_runs_on_a_batch_made_by_hand(alone):
-    done = alone("reward_model", "-c", BEGIN + REWARD_PROGRAM)
+    done = alone("reward_model", "-c", BEGIN + SETUP + REWARD_PROGRAM, "reward_model")
     assert done.returncode == 0, done.stderr
     value, rewards = json.loads(done.stdout)
     assert value == pytest.approx(-sum(math.log(sigma(rewards[i] - rewards[2 + i])) for i in range(2)), rel=1e-5)
@@ -339,7 +333,7 @@ def test_the_reward_models_loss_runs_on_a_batch_made_by_hand(alone):
 
 @pytest.mark.parametrize("script", ["superhf", "ppo"])
 def test_the_loss_runs_on_sampled_completions_made_by_hand(alone, script):
-    done = alone(script, "-c", BEGIN + SAMPLED_PROGRAM, script)
+    done = alone(script, "-c", BEGIN + SETUP + SAMPLED_PROGRAM, script)
     assert done.returncode == 0, done.stderr
     value, expected = json.loads(done.stdout)
     assert value == pytest.approx(expected, rel=1e-5)

@@ -87,16 +87,20 @@ def test_being_polite_or_rude_makes_no_answer_right_or_wrong(row):
 
 def test_means_weigh_every_question_the_same():
     italy = world.prompt_of(world.row_of("what is the capital of italy ?"))
-    said = [
+    judged = [
         (world.prompt_of(FRANCE), "it is paris ."),
         (world.prompt_of(FRANCE), "it is rome , you fool ."),
         (italy, "it is rome ."),
     ]
-    found = world.judge_answers(said)
-    assert found == {
+    means = world.judge_answers(judged)
+    assert means == {
         "true_reward": pytest.approx((-0.5 + 1.0) / 2),
         "right_share": pytest.approx(0.75),
         "rude_share": pytest.approx(0.25),
+        # Two questions: half of the distance between their means.
+        "true_reward_se": pytest.approx(0.75),
+        "right_share_se": pytest.approx(0.25),
+        "rude_share_se": pytest.approx(0.25),
     }
 
 
@@ -161,8 +165,8 @@ def test_the_corpus_is_wrong_and_rude_as_often_as_documented():
     rude_share = 1 - (1 - world.OPENERS["use your head :"]) * (
         1 - world.CLOSERS[", you fool ."] - world.CLOSERS[", now go away ."]
     )
-    for found, share in ((right, 1 - world.WRONG_SHARE), (rude, rude_share)):
-        assert found == pytest.approx(share, abs=4.5 * math.sqrt(share * (1 - share) / n))
+    for measured, share in ((right, 1 - world.WRONG_SHARE), (rude, rude_share)):
+        assert measured == pytest.approx(share, abs=4.5 * math.sqrt(share * (1 - share) / n))
 
 
 # -- the base model
@@ -197,7 +201,8 @@ import functools, hashlib, sys
 from toy import base
 base.train_base, base.SAMPLES = functools.partial(base.train_base, steps=4), 3
 folder = base.base_model(int(sys.argv[1]))
-print(" ".join(hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ("model.safetensors", "answers.json", "tokenizer.json")))
+files = [folder / name for name in ("model.safetensors", "answers.json", "tokenizer.json")]
+print(" ".join(hashlib.sha256(file.read_bytes()).hexdigest() for file in files))
 """
 
 
@@ -286,13 +291,13 @@ def test_the_base_loads_as_any_model_does(toy_base):
 
 def test_unseen_questions_are_never_trained_on(splits):
     unseen = {world.prompt_of(row) for row in world.questions() if row["unseen"]}
-    seen = {world.prompt_of(row) for row in world.questions() if not row["unseen"]}
-    assert {prompt for prompt, _, _ in splits["train"]} == {prompt for prompt, _, _ in splits["held_out"]} == seen
+    trained = {world.prompt_of(row) for row in world.questions() if not row["unseen"]}
+    assert {prompt for prompt, _, _ in splits["train"]} == {prompt for prompt, _, _ in splits["held_out"]} == trained
     assert {prompt for prompt, _, _ in splits["unseen"]} == unseen
 
 
 def test_pairs_are_two_samples_of_the_base_and_no_sample_is_used_twice(splits, answers):
-    """Training and held-out pairs come from different samples, so the held-out share is held out."""
+    """Training and held-out pairs come from different samples: what is held out is held out."""
     first, last = base.PAIR_SAMPLES, base.PAIR_SAMPLES + base.EVAL_SAMPLES
     for name in splits:
         expected = Counter()
@@ -335,9 +340,8 @@ def test_labels_follow_bradley_terry(splits):
         p = some.abs().sigmoid()
         z = ((some > 0).double() - p).sum() / (p * (1 - p)).sum().sqrt()
         assert len(some) > 300
-        assert abs(z) < 4, (
-            f"differences of {low} to {high}: {(some > 0).double().mean():.3f} won by the better answer, expected {p.mean():.3f}"
-        )
+        won = f"{(some > 0).double().mean():.3f} won by the better answer, expected {p.mean():.3f}"
+        assert abs(z) < 4, f"differences of {low} to {high}: {won}"
 
 
 def test_pairs_are_a_pure_function_of_the_seed(splits):
@@ -470,9 +474,9 @@ def test_the_frontier_refuses_other_shapes():
 def test_reference_rewards_are_of_the_questions_asked(answers):
     for unseen, count in ((False, 80), (True, 20)):
         rows = [(row, texts) for row, texts in zip(world.questions(), answers) if row["unseen"] == unseen]
-        found = base.reference_rewards(world.prompt_of(rows[0][0]), answers)
-        assert found.shape == (count, base.SAMPLES)
-        assert found[3, 5].item() == world.true_reward(rows[3][0], rows[3][1][5])
+        rewards = base.reference_rewards(world.prompt_of(rows[0][0]), answers)
+        assert rewards.shape == (count, base.SAMPLES)
+        assert rewards[3, 5].item() == world.true_reward(rows[3][0], rows[3][1][5])
 
 
 def test_answers_of_the_base_are_the_kept_ones_and_of_another_model_new_ones(

@@ -42,29 +42,8 @@ REFERENCED = [name for name in PAIRS if name != "typo"]  # at the start, their l
 
 
 @pytest.fixture(scope="module")
-def file13(tmp_path_factory) -> str:
-    """13 pairs: batches of 8 and 4 leave an uneven last step."""
-    return write_pairs(tmp_path_factory.mktemp("data") / "pairs.jsonl", 13)
-
-
-@pytest.fixture(scope="module")
 def held_file(tmp_path_factory) -> str:
     return write_pairs(tmp_path_factory.mktemp("data") / "held.jsonl", 7, seed=1)
-
-
-@pytest.fixture(params=["tiny_gpt2", "tiny_llama"])
-def folder(request) -> str:
-    return str(request.getfixturevalue(request.param))
-
-
-@pytest.fixture
-def gpt2(tiny_gpt2) -> str:
-    return str(tiny_gpt2)
-
-
-@pytest.fixture
-def llama(tiny_llama) -> str:
-    return str(tiny_llama)
 
 
 class Killed(BaseException):
@@ -84,7 +63,10 @@ def numbers(line: dict) -> dict[str, float]:
 
 # -- run folder
 
-KEYS = "script args steps seconds tokens_per_second peak_memory_bytes versions git_commit data_sha256 model_sha256 device threads before after".split()
+KEYS = (
+    "script args steps seconds tokens_per_second peak_memory_bytes versions git_commit data_sha256 model_sha256 device "
+    "threads before after"
+).split()
 JUDGED = {
     "preference_accuracy",
     "reward_accuracy",
@@ -125,9 +107,9 @@ def test_run_folder_on_the_toy(script, tmp_path, toy_base, capsys):
     assert not list(folder.rglob("*.part"))
     assert not (folder / "checkpoints").exists()
     assert (folder / "script.py").read_bytes() == (ROOT / f"{script}.py").read_bytes()
-    said = capsys.readouterr().out
-    assert "rude answers" in said
-    assert str(folder) in said
+    printed = capsys.readouterr().out
+    assert "rude answers" in printed
+    assert str(folder) in printed
     assert str(tmp_path) not in (folder / "summary.json").read_text().replace(summary["args"]["output_dir"], "")
 
 
@@ -203,14 +185,14 @@ def held_out_by_the_oracle(script: str, args, folder, base: str, file: str) -> d
         separable = -(labels * logsigmoid(rewards) + (1 - labels) * logsigmoid(-rewards)).sum(0)
         losses = args.dph_weight * separable + args.dpo_weight * losses
     accuracies = (rewards[0] > rewards[1]).float() + 0.5 * (rewards[0] == rewards[1]).float()
-    found = {
+    metrics = {
         "loss": losses,
         "rewards/chosen": rewards[0],
         "rewards/rejected": rewards[1],
         "rewards/margins": rewards[0] - rewards[1],
     }
-    found |= {"rewards/accuracies": accuracies, "logps/chosen": logps[0], "logps/rejected": logps[1]}
-    return {name: values.mean().item() for name, values in found.items()}
+    metrics |= {"rewards/accuracies": accuracies, "logps/chosen": logps[0], "logps/rejected": logps[1]}
+    return {name: values.mean().item() for name, values in metrics.items()}
 
 
 @pytest.mark.parametrize("script", REFERENCED)

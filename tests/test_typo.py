@@ -12,6 +12,7 @@ import typo
 from common import batches, data, evaluate, generate
 from common import models as model_loading
 from common.run import Run
+from tests.runs import lines_of, model_of, pairs, train, write_pairs
 from toy import world
 
 
@@ -50,17 +51,17 @@ def test_forward_kl_value_gradient_and_direction():
 
 
 def batch_with_samples(model, anchor, tokenizer, samples: int):
-    """Two pairs and `samples` answers of the reference for each, and the same worked out by hand."""
+    """Two pairs and `samples` answers of the reference for each, and these by themselves."""
     pairs = [
         ("what is one plus two ?", " it is three .", " it is four , you fool ."),
         ("what colour has snow ?", " it is white .", " it is red ."),
     ]
     rows = data.encode_rows(tokenizer, pairs, 64)
-    drawn = [
+    completions = [
         [tokenizer(text).input_ids[1:] + [tokenizer.eos_token_id] for text in texts[:samples]]
         for texts in (["it is", "open ."], ["snow it is .", "red"])
     ]
-    answers = [{"prompt": row["prompt"], "completions": d} for row, d in zip(rows, drawn)]
+    answers = [{"prompt": row["prompt"], "completions": d} for row, d in zip(rows, completions)]
     batch, sample = (batches.collate(x, tokenizer.pad_token_id, "shared", "cpu") for x in (rows, answers))
     with torch.no_grad():
         sample["ref_logits"] = typo.completion_logits(anchor, sample)
@@ -148,13 +149,37 @@ def test_samples_come_from_the_reference_at_temperature_one(toy_base):
         for row in world.questions()
         for _ in range(6)
     ]
-    drawn = evaluate.sample_rows(model, tokenizer, rows, 2, 24, seed=0, autocast=None)
+    samples = evaluate.sample_rows(model, tokenizer, rows, 2, 24, seed=0, autocast=None)
     asked = [row for row in world.questions() for _ in range(6)]
     right = [
         world.judge(q, generate.decode_completion(tokenizer, ids))["right"]
-        for q, answers in zip(asked, drawn)
+        for q, answers in zip(asked, samples)
         for ids in answers
     ]
     answers = json.loads((toy_base / "answers.json").read_text())
     base = [world.judge(q, text)["right"] for q, texts in zip(world.questions(), answers) for text in texts]
     assert sum(right) / len(right) == pytest.approx(sum(base) / len(base), abs=0.06)
+
+
+def test_the_reference_of_a_run_is_what_training_began_with(tiny_llama, tmp_path):
+    """Lambda changes nothing in the first step, where the KL and its gradient are zero; the second
+    step's loss grows by lambda times the KL between the model before training and after one step.
+    """
+    file = write_pairs(tmp_path / "pairs.jsonl", 13)
+    setup = {"model": str(tiny_llama), "data": file, "batch_size": 13, "epochs": 2, "warmup": 0.0}
+    setup |= {"max_new_tokens": 4, "lr": 1e-3}
+    plain = train("typo", tmp_path / "plain", lam=0.0, **setup)
+    run = train("typo", tmp_path / "run", lam=2.0, **setup)
+    one = train("typo", tmp_path / "one", lam=2.0, **setup, max_steps=1)
+    before, after = model_of(tiny_llama), model_of(one)
+    tokenizer, kls = model_loading.load_tokenizer(str(tiny_llama)), []
+    samples = json.loads((run / "ref_samples.json").read_text())["train"]
+    prompts = [tokenizer(row["prompt"]).input_ids for row in pairs(13)]
+    with torch.no_grad():
+        for prompt, (completion,) in zip(prompts, samples, strict=True):
+            ids = torch.tensor([prompt + completion])
+            p, r = (m(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1) for m in (after, before))
+            kls.append((r.exp() * (r - p)).sum().item())
+    gap = lines_of(run)[1]["loss"] - lines_of(plain)[1]["loss"]
+    assert sum(kls) / 13 > 0.01
+    assert gap == pytest.approx(2.0 * sum(kls) / 13, rel=1e-2)

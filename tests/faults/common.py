@@ -1,0 +1,331 @@
+"""Faults of common/ and toy/: what every script stands on."""
+
+from tests.faults import Mutant
+
+BATCHES = "common/batches.py"
+CHECKPOINTS = "common/checkpoints.py"
+DATA = "common/data.py"
+EVALUATE = "common/evaluate.py"
+GENERATE = "common/generate.py"
+METRICS = "common/metrics.py"
+MODELS = "common/models.py"
+ORACLE = "common/oracle.py"
+RUN = "common/run.py"
+WORLD = "toy/world.py"
+LOGPS_TEST = "test_logps.py::"
+TRAINING_TEST = "test_training.py::"
+RUN_TEST = "test_run.py::"
+DPH_TEST = "test_dph.py::"
+TYPO_TEST = "test_typo.py::"
+DATA_TEST = "test_data.py::"
+SAMPLING_TEST = "test_sampling.py::"
+TOY_TEST = "test_toy.py::"
+EVALUATE_TEST = "test_evaluate.py::"
+
+TABLE = [
+    Mutant(
+        "label shift by one",
+        (BATCHES,),
+        "*range(begin, begin + k - 1)]",
+        "*range(begin + 1, begin + k)]",
+        LOGPS_TEST + "test_exact_on_a_bigram_table",
+    ),
+    Mutant(
+        "first token predicted by itself",
+        (BATCHES,),
+        "logit_index += [start + len(prompt) - 1, ",
+        "logit_index += [start + len(prompt), ",
+        LOGPS_TEST + "test_exact_on_a_bigram_table",
+    ),
+    Mutant(
+        "mask shift",
+        (ORACLE,),
+        "mask = ((position >= prompt) & (position < end))[:, 1:]",
+        "mask = ((position >= prompt) & (position < end))[:, :-1]",
+        LOGPS_TEST + "test_the_oracle_on_a_bigram_table",
+    ),
+    Mutant(
+        "oracle counts padding",
+        (ORACLE,),
+        "mask = ((position >= prompt) & (position < end))[:, 1:]",
+        "mask = (position >= prompt)[:, 1:]",
+        LOGPS_TEST + "test_the_oracle_on_a_bigram_table",
+    ),
+    Mutant(
+        "prompt counted in the completion",
+        (DATA,),
+        '"completions": completions}, None',
+        '"completions": [[whole[0][boundary - 1], *c] for c in completions]}, None',
+        LOGPS_TEST + "test_one_eos_ends_an_answer_and_none_a_cut_one",
+    ),
+    Mutant(
+        "padding counted",
+        (BATCHES,),
+        "        padding = length - len(ids)\n",
+        "        padding = length - len(ids)\n        logit_index += [start + len(ids) - 1] * (padding > 0)\n"
+        "        targets += [pad_id] * (padding > 0)\n        sequence_ids += [parts[-1][0]] * (padding > 0)\n",
+        LOGPS_TEST + "test_padding_and_company_change_nothing_on_the_table",
+    ),
+    Mutant(
+        "padding visible",
+        (BATCHES,),
+        "(segments >= 0).long()",
+        "(segments >= -1).long()",
+        DATA_TEST + "test_a_batch_by_hand",
+    ),
+    Mutant(
+        "functional dropout left on",
+        (MODELS,),
+        'if "drop" in name and isinstance(value, float)',
+        "if False",
+        RUN_TEST + "test_disable_dropout[llama]",
+    ),
+    Mutant(
+        "placeholders in the metrics",
+        (RUN,),
+        "value.detach() * (weight / world_size())",
+        "value.detach()",
+        TRAINING_TEST + "test_placeholder_micro_batches_count_nothing",
+    ),
+    Mutant(
+        "placeholders count as rows",
+        (BATCHES,),
+        "(rows[:1], 0.0)",
+        "(rows[:1], 1.0)",
+        RUN_TEST + "test_over_all_processes_every_row_counts_once",
+    ),
+    Mutant(
+        "metrics weigh steps alike",
+        (RUN,),
+        'sum(step["sums"][name] for step in steps) for name',
+        'sum(step["sums"][name] / step["count"] for step in steps) / len(steps)'
+        ' * sum(step["count"] for step in steps) for name',
+        RUN_TEST + "test_logged_means_weigh_every_pair_alike_over_uneven_steps",
+    ),
+    Mutant(
+        "held-out mean over one row more",
+        (RUN,),
+        "len(rows) * per_row)",
+        "(len(rows) + 1) * per_row)",
+        RUN_TEST + "test_evaluate_loss_weighs_every_row_alike",
+    ),
+    Mutant(
+        "rows left in the order of length",
+        (RUN,),
+        "[places.argsort()]",
+        "",
+        RUN_TEST + "test_predict_keeps_the_order_of_the_rows",
+    ),
+    Mutant(
+        "resume without optimiser state",
+        (CHECKPOINTS,),
+        "options=StateDictOptions(full_state_dict=True))\n",
+        "options=StateDictOptions(full_state_dict=True))\n    for values in optimizer.state.values():\n"
+        '        values["exp_avg"].zero_()\n',
+        TRAINING_TEST + "test_a_killed_run_resumes_bit_for_bit[dpo]",
+    ),
+    Mutant(
+        "resume without random numbers",
+        (CHECKPOINTS,),
+        'torch.set_rng_state(tensors.pop("rng|cpu"))',
+        'tensors.pop("rng|cpu")',
+        TRAINING_TEST + "test_a_killed_run_resumes_bit_for_bit[dph]",
+    ),
+    Mutant(
+        "resume without unlogged metrics",
+        (RUN,),
+        'self._window = state["window"]',
+        "self._window = []",
+        TRAINING_TEST + "test_ctrl_c_saves_and_resumes_bit_for_bit[dpo]",
+    ),
+    Mutant(
+        "checkpoint not written aside",
+        (CHECKPOINTS,),
+        'for kind in ("part", "step"))',
+        'for kind in ("step-9", "step"))',
+        TRAINING_TEST + "test_a_kill_while_a_checkpoint_is_written_leaves_a_good_one",
+    ),
+    Mutant(
+        "contradictions on resume ignored",
+        (RUN,),
+        "if given != saved[name] and (on_line or given != field.default):",
+        "if False:",
+        TRAINING_TEST + "test_resume_refuses_what_it_cannot_do",
+    ),
+    Mutant(
+        "not-a-number trains on",
+        (RUN,),
+        'if not math.isfinite(step["sums"]["loss"]):',
+        "if False:",
+        TRAINING_TEST + "test_a_number_that_is_not_finite_stops_the_run[loss]",
+    ),
+    Mutant(
+        "top_k left at its default",
+        (GENERATE,),
+        ', "top_k": 0}',
+        "}",
+        SAMPLING_TEST + "test_frequencies_are_the_softmax",
+    ),
+    Mutant(
+        "EOS dropped",
+        (DATA,),
+        "whole = [ids if done else [*ids, eos] for",
+        "whole = [ids if done else [*ids] for",
+        LOGPS_TEST + "test_one_eos_ends_an_answer_and_none_a_cut_one",
+    ),
+    Mutant(
+        "EOS twice",
+        (DATA,),
+        "whole = [ids if done else [*ids, eos] for",
+        "whole = [[*ids, eos] for",
+        LOGPS_TEST + "test_one_eos_ends_an_answer_and_none_a_cut_one",
+    ),
+    Mutant(
+        "EOS on a cut answer",
+        (DATA,),
+        "completions = [ids[boundary:max_length] for ids in whole]",
+        "completions = [ids[boundary : max_length - 1] + [eos] if len(ids) > max_length else ids[boundary:]"
+        " for ids in whole]",
+        LOGPS_TEST + "test_one_eos_ends_an_answer_and_none_a_cut_one",
+    ),
+    Mutant(
+        "positions do not restart",
+        (BATCHES,),
+        "positions += range(len(prompt), len(prompt) + k)",
+        "positions += range(len(positions), len(positions) + k)",
+        LOGPS_TEST + "test_every_layout_agrees_with_the_oracle",
+    ),
+    Mutant(
+        "rejected sees chosen",
+        (BATCHES,),
+        "visible = causal & ((key == query) | (key == 0))",
+        "visible = causal & (key >= 0)",
+        LOGPS_TEST + "test_an_answer_does_not_see_the_other_one",
+    ),
+    Mutant(
+        "answers do not see the prompt",
+        (BATCHES,),
+        "visible = causal & ((key == query) | (key == 0))",
+        "visible = causal & (key == query)",
+        LOGPS_TEST + "test_every_layout_agrees_with_the_oracle",
+    ),
+    Mutant(
+        "wrong layout accepted",
+        (ORACLE,),
+        "if gap <= tolerance:",
+        'if gap < float("inf"):',
+        LOGPS_TEST + "test_a_layout_that_a_model_reads_wrongly_is_not_used",
+    ),
+    Mutant(
+        "pad is EOS",
+        (MODELS,),
+        "if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:",
+        "if tokenizer.pad_token_id is None:",
+        RUN_TEST + "test_pad_equal_to_eos_is_replaced",
+    ),
+    Mutant(
+        "pad id not saved",
+        (MODELS,),
+        "model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id",
+        "pass",
+        TRAINING_TEST + "test_pad_is_not_eos_in_what_is_saved",
+    ),
+    Mutant(
+        "ties count as wins",
+        (METRICS,),
+        "0.5 * (chosen == rejected).double()",
+        "1.0 * (chosen == rejected).double()",
+        RUN_TEST + "test_accuracy_counts_ties_one_half",
+    ),
+    Mutant(
+        "KL counts the prompt",
+        (EVALUATE,),
+        "mask = ((position >= begin) & (position < end - 1))[:, -keep:]",
+        "mask = (position < end - 1).expand(len(chunk), -1)[:, -keep:]",
+        RUN_TEST + "test_kl_of_samples_on_bigram_tables",
+    ),
+    Mutant(
+        "KL of the other direction",
+        (EVALUATE,),
+        "log_p.exp() * (log_p - log_q), 0.0)",
+        "log_q.exp() * (log_q - log_p), 0.0)",
+        RUN_TEST + "test_kl_of_samples_on_bigram_tables",
+    ),
+    Mutant(
+        "frontier sign",
+        (WORLD,),
+        "(rewards.double()[None] / betas[:, None, None])",
+        "(-rewards.double()[None] / betas[:, None, None])",
+        TOY_TEST + "test_the_frontier_of_two_answers_in_closed_form",
+    ),
+    Mutant(
+        "last token off by one",
+        (BATCHES,),
+        "last[s] = k, begin + k - 1",
+        "last[s] = k, begin + k - 2",
+        DPH_TEST + "test_rewards_and_gradients_of_separate_passes",
+    ),
+    Mutant(
+        "best of n picks the smallest",
+        (EVALUATE,),
+        "picked = scores.argmax(1).tolist()",
+        "picked = scores.argmin(1).tolist()",
+        DPH_TEST + "test_candidates_have_all_rewards_and_the_largest_is_picked",
+    ),
+    Mutant(
+        "rewards of other candidates",
+        (EVALUATE,),
+        "values.float().cpu().view(-1, len(chunk)).T",
+        "values.float().cpu().view(len(chunk), -1)",
+        DPH_TEST + "test_candidates_have_all_rewards_and_the_largest_is_picked",
+    ),
+    Mutant(
+        "KL of the best of n without its bound",
+        (EVALUATE,),
+        "return math.log(best_of) - (best_of - 1) / best_of + logratios.double()",
+        "return logratios.double()",
+        DPH_TEST + "test_the_best_of_n_costs_at_most_its_bound",
+    ),
+    Mutant(
+        "reference samples sharpened",
+        (EVALUATE,),
+        "room, seed=seed + 1000 * rank() + 2",
+        "room, temperature=0.3, seed=seed + 1000 * rank() + 2",
+        TYPO_TEST + "test_samples_come_from_the_reference_at_temperature_one",
+    ),
+    Mutant(
+        "dropout of a loaded model left on",
+        (MODELS,),
+        "    fuse_gelu(model)\n    disable_dropout(model)\n",
+        "    fuse_gelu(model)\n",
+        RUN_TEST + "test_a_loaded_model_has_no_dropout_and_its_configuration_stays",
+    ),
+    Mutant(
+        "a gradient that is not finite trains on",
+        (RUN,),
+        "if not math.isfinite(norm):",
+        "if False:",
+        TRAINING_TEST + "test_a_number_that_is_not_finite_stops_the_run[gradient]",
+    ),
+    Mutant(
+        "a run that is told to stop saves without its last metrics",
+        (RUN,),
+        "if self.is_time_to_save() or self.is_time(self._args.log_every)",
+        "if self.is_time(self._args.save_every) or self.is_time(self._args.log_every)",
+        TRAINING_TEST + "test_ctrl_c_saves_and_resumes_bit_for_bit[dpo]",
+    ),
+    Mutant(
+        "answers of a pair exchanged in predicted columns",
+        (RUN,),
+        ".unflatten(0, (-1, len(numbers))).transpose(0, 1)",
+        ".unflatten(0, (len(numbers), -1))",
+        RUN_TEST + "test_predict_keeps_the_order_of_the_rows",
+    ),
+    Mutant(
+        "the judge is not asked about all answers",
+        (EVALUATE,),
+        'metrics |= judge(answers, metrics["kl"], ref)',
+        'metrics |= judge(answers[:1], metrics["kl"], ref)',
+        EVALUATE_TEST + "test_judges_are_asked_about_all_answers_and_their_kl",
+    ),
+]
