@@ -10,8 +10,3 @@ class InputError(SystemExit):
 def first_line(error: Exception) -> str:
     """An exception's first line, or its name where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def one_line(text: object) -> str:
-    """A text with every line break in it as a space."""
-    return " ".join(str(text).split())

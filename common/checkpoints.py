@@ -34,7 +34,7 @@ def read_state(checkpoint: Path) -> dict:
     """What a checkpoint says of the run; InputError where it is damaged."""
     state = read_json(checkpoint / "state.json", "", AGAIN)
     kinds = {"step": int, "seconds": (int, float), "tokens": int, "window": list}
-    if not isinstance(state, dict) or not all(isinstance(state.get(k), kind) for k, kind in kinds.items()):
+    if not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
         raise InputError(f"{checkpoint / 'state.json'}: {AGAIN}.")
     return state
 
@@ -114,6 +114,9 @@ def restore(checkpoint: Path, model, optimizer, device) -> None:
     groups = get_optimizer_state_dict(model, optimizer)["param_groups"]
     state = {"state": moments, "param_groups": groups}
     try:
+        for name, parameter in model.named_parameters():
+            if any(value.dim() and value.shape != parameter.shape for value in moments.get(name, {}).values()):
+                raise ValueError(f"{name} has another shape")
         torch.set_rng_state(tensors["rng|cpu"])
         if "rng|cuda" in tensors and device.type == "cuda":
             torch.cuda.set_rng_state(tensors["rng|cuda"], device)

@@ -13,7 +13,7 @@ from collections import Counter
 
 from common import InputError, first_line
 from common.batches import Rows
-from common.fields import common_prefix, key_of, pair_of_row
+from common.fields import common_prefix, pair_of_row
 from common.files import is_row_file, read_hub, read_rows
 from common.processes import print0
 from toy import base
@@ -23,7 +23,7 @@ SPLITS = {"train": "Training rows", "held_out": "Held-out rows", "unseen": "Rows
 
 def split_by_prompt(rows: list[tuple], share: float, seed: int) -> tuple[list, list]:
     """(train, held out): `share` of the distinct prompts (a row's first element) is held out."""
-    keys = [key_of(row[0] or row[1]) for row in rows]  # without a prompt the text itself decides
+    keys = [json.dumps(row[0] or row[1], default=str) for row in rows]  # without a prompt the text itself decides
     distinct = sorted(set(keys))
     random.Random(seed).shuffle(distinct)
     held = set(distinct[: round(share * len(distinct))])

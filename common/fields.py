@@ -2,7 +2,7 @@
 
 import json
 
-from common import InputError, one_line
+from common import InputError
 
 MARKER = "\n\nAssistant:"  # where an answer begins in a dialogue that is one string
 
@@ -44,14 +44,9 @@ def is_unicode(value: object) -> bool:
     return True
 
 
-def key_of(value: object) -> str:
-    """A prompt as one text, the same for the same prompt; messages may hold times, for example."""
-    return json.dumps(value, default=str)
-
-
 def names_of(row: dict) -> str:
     """The fields of a row, for a message."""
-    return ", ".join(map(one_line, row)) or "none"
+    return " ".join(", ".join(map(str, row)).split()) or "none"  # a name may hold line breaks
 
 
 def pair_of_row(where: str, row: dict) -> tuple[tuple | None, str | None]:

@@ -14,7 +14,7 @@ from datetime import date, time, timedelta
 from decimal import Decimal
 from pathlib import Path
 
-from common import InputError, first_line, one_line
+from common import InputError, first_line
 
 ROW_FORMATS = {".jsonl", ".json", ".csv", ".parquet"}
 LARGEST = 1 << 31  # bytes of a file once unpacked: a small .gz can hold more than the memory
@@ -114,7 +114,7 @@ def refuse_twice(what: str, names: list[str]) -> None:
     """Raises InputError where a name comes twice: a row would silently keep the last value."""
     for name, count in Counter(names).items():
         if count > 1:
-            raise InputError(f'{what} has the field "{one_line(name)}" twice.')
+            raise InputError(f"{what} has the field {json.dumps(name)} twice.")
 
 
 def read_csv(source: str, text: str) -> list[tuple[str, dict]]:
@@ -139,7 +139,7 @@ def unique_fields(pairs: list[tuple[str, object]]) -> dict:
     fields = dict(pairs)
     if len(fields) < len(pairs):
         ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f'the field "{one_line(name)}" comes twice in one object')
+        raise ValueError(f"the field {json.dumps(name)} comes twice in one object")
     return fields
 
 
@@ -232,10 +232,10 @@ def read_hub(name: str) -> dict[str, list[tuple[str, dict]]]:
         raise InputError(f"--data {name}: the data set cannot be loaded ({first_line(error)}).") from None
     if "train" not in loaded:
         raise InputError(f"--data {name}: no train split (found {', '.join(loaded)}).")
-    names = {"train": "train", "test": next((s for s in ("test", "validation") if s in loaded), None)}
+    names = {"train": "train", "test": "test" if "test" in loaded else "validation"}
     splits = {}
     for split, hub_name in names.items():
-        if hub_name:
+        if hub_name in loaded:
             splits[split] = [(f"{name}, {hub_name} row {i}", row) for i, row in enumerate(loaded[hub_name], 1)]
     return splits
 
@@ -252,9 +252,11 @@ def plain(value):
 
 
 def read_json(path: Path, flag: str = "", expected: str = "expected JSON"):
-    """The JSON value of a file; InputError where it cannot be read."""
+    """The JSON object of a file; InputError where it cannot be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(value := json.loads(path.read_text(encoding="utf-8")), dict):
+            return value
+        raise ValueError("it holds no object")
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{flag}{path} cannot be read ({first_line(error)}); {expected}.") from None
 

@@ -7,11 +7,9 @@ curves.png.
 """
 
 import dataclasses
-import errno
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import sys
@@ -35,7 +33,7 @@ from report import curves, facts
 from report.table import print_end_table
 from report.trackers import tracker
 
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+DISK_FULL = ("No space left", "quota exceeded", "File too large", "Read-only file system")
 COUNT = (lambda v: v >= 1, "at least 1")
 POSITIVE = (lambda v: 0 < v < math.inf, "a positive number")
 NOT_NEGATIVE = (lambda v: 0 <= v < math.inf, "at least 0")
@@ -118,16 +116,14 @@ def resumed_arguments(args, script: str):
     """The arguments of the run to go on with; refused where one was given that contradicts them."""
     folder = Path(args.resume)
     saved = read_json(folder / "args.json", f"--resume {folder}: ", "expected the folder of a run")
-    if not isinstance(saved, dict) or saved.pop("script", None) != script:
+    if saved.pop("script", None) != script:
         raise InputError(f"--resume {folder}: that run was made by another script, not by {script}.")
     if (folder / "summary.json").exists():
         raise InputError(f"--resume {folder}: that run is finished; nothing is left to do.")
     fields = {field.name: field for field in dataclasses.fields(args) if field.name != "resume"}
     saved.pop("resume", None)
     if odd := sorted(fields.keys() ^ saved.keys()):
-        raise InputError(
-            f"--resume {folder}: args.json and {script} do not have the same arguments ({', '.join(odd)})."
-        )
+        raise InputError(f"--resume {folder}: args.json does not have the arguments of {script} ({', '.join(odd)}).")
     kinds = typing.get_type_hints(type(args))
     for name, field in fields.items():
         if saved[name] is None and kinds[name] is float:
@@ -219,8 +215,7 @@ class Run:
 
     def explain(self, kind, error, trace) -> None:
         """Ends a run with a sentence where the disk is full."""
-        code = re.search(r"os error (\d+)", str(error))  # as safetensors has it
-        if (int(code[1]) if code else getattr(error, "errno", None)) in DISK_FULL:
+        if any(words in str(error) for words in DISK_FULL):
             again = f"{self._kept()}; go on with: python {self.script.name} --resume {self.folder}"
             print(f"\n{self.folder}: cannot be written ({first_line(error)}). {again}", file=sys.stderr)
         else:
@@ -261,9 +256,7 @@ class Run:
         """The same for a JSON object."""
         path = self.folder / f"{name}.json"
         if self._is_cached(path):
-            if not isinstance(value := read_json(path, "", checkpoints.AGAIN), dict):
-                raise InputError(f"{path}: no object; {checkpoints.AGAIN}.")
-            return value
+            return read_json(path, "", checkpoints.AGAIN)
         value = compute()
         if is_main_process():
             write_json(path, value)
@@ -391,10 +384,9 @@ class Run:
 
     def refuse(self, what: str, step: int) -> None:
         """Ends the run because a number is not finite."""
+        kept, end = self._kept(), f"the run is in {self.folder}"
         cause = "the learning rate is likely too high" if step > 1 else "the model or a row likely holds extreme values"
-        raise InputError(
-            f"\nThe {what} of step {step} is not finite: {cause}. {self._kept()}; the run is in {self.folder}."
-        )
+        raise InputError(f"\nThe {what} of step {step} is not finite: {cause}. {kept}; {end}.")
 
     def log(self, split: str, metrics: dict) -> None:
         """One line of metrics.jsonl, and of the tracker where there is one."""

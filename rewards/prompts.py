@@ -1,9 +1,11 @@
 """Prompts to sample answers to: rows of a file, and the splits of a run."""
 
+import json
+
 from common import InputError
 from common.batches import Rows
 from common.data import describe_splits, encode_rows, read_splits
-from common.fields import is_messages, is_unicode, key_of, names_of, pair_of_row
+from common.fields import is_messages, is_unicode, names_of, pair_of_row
 from common.processes import print0
 from toy import base
 
@@ -43,7 +45,7 @@ def load_prompts(
     texts, digest = read_splits(data, eval_data, holdout, seed, base.prompts, prompt_of_row)
     splits = {}
     for name, (rows, dropped) in texts.items():
-        distinct = list({key_of(row): row for row in rows}.values())
+        distinct = list({json.dumps(row, default=str): row for row in rows}.values())
         dropped["the prompt comes again"] += len(rows) - len(distinct)
         splits[name] = encode_rows(tokenizer, distinct, max_length - max_new_tokens, +dropped, answers=0)
     describe_splits(splits, data, eval_data, say)
