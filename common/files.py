@@ -10,8 +10,6 @@ import os
 import sys
 import zlib
 from collections import Counter
-from datetime import date, time, timedelta
-from decimal import Decimal
 from pathlib import Path
 
 from common import InputError, first_line
@@ -189,28 +187,24 @@ def check_hub_id(name: str, kind: str, flag: str = "") -> None:
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
-    flag = flag or ("--model" if kind == "model" else "--data")
+    missing = f"{flag or {'model': '--model', 'dataset': '--data'}[kind]} {name}: no such file or folder"
     try:
         huggingface_hub.utils.validate_repo_id(name)
     except HFValidationError:
-        raise InputError(f"{flag} {name}: no such file or folder, and not the form of a hub id.") from None
+        raise InputError(f"{missing}, and not the form of a hub id.") from None
     with contextlib.suppress(Exception):
         if os.environ.get("HF_HUB_OFFLINE") not in {"1", "true", "TRUE", "True", "ON", "YES", "yes"}:
             try:
                 huggingface_hub.HfApi().repo_info(name, repo_type=kind, timeout=5)
                 return
             except RepositoryNotFoundError:
-                raise InputError(
-                    f"{flag} {name}: no such {kind} on the hub, or it is private, and no such file or folder here."
-                ) from None
+                raise InputError(f"{missing} here, and no such {kind} on the hub, or it is private.") from None
     try:
         huggingface_hub.snapshot_download(name, repo_type=kind, local_files_only=True)
         os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # the cached copy, no retries
         huggingface_hub.constants.HF_HUB_OFFLINE = True
     except Exception:
-        raise InputError(
-            f"{flag} {name}: no such file or folder here, and the hub cannot be reached for a {kind} of that name."
-        ) from None
+        raise InputError(f"{missing} here, and the hub cannot be reached for a {kind} of that name.") from None
 
 
 def read_hub(name: str) -> dict[str, list[tuple[str, dict]]]:
@@ -246,7 +240,7 @@ def plain(value):
         return {k: plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(v) for v in value]
-    if isinstance(value, (date, time, timedelta, Decimal, bytes)):
+    if isinstance(value, bytes) or type(value).__module__ in {"datetime", "decimal"}:
         return str(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
 

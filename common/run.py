@@ -70,7 +70,6 @@ def start_run(args, script: str):
         if hasattr(args, name) and not holds(getattr(args, name)):
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {expected}.")
     refuse_read_only(Path(args.output_dir))
-    sys.excepthook = one_line_for_ctrl_c
     run = Run(args, script)
     sys.excepthook = run.explain
     numbers = f"{str(run.dtype).removeprefix('torch.')}, learning rate {args.lr:g}"
@@ -94,15 +93,6 @@ def refuse_read_only(folder: Path) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise InputError(f"--output-dir: nothing can be written in {folder} ({first_line(error)}).") from None
-
-
-def one_line_for_ctrl_c(kind, error, trace) -> None:
-    """Ctrl-C outside of the training loop ends a run with a sentence; every other error is shown
-    whole."""
-    if issubclass(kind, KeyboardInterrupt):
-        print("\nInterrupted. What was saved is kept; --resume goes on with a run that has a folder.", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
 
 
 def free_name(args, script: str) -> str:
@@ -139,10 +129,8 @@ def resumed_arguments(args, script: str):
 
 def fits(value, kind) -> bool:
     """Whether a value of args.json is of the type of its field."""
-    if typing.get_origin(kind) is typing.Literal:
-        return value in typing.get_args(kind)
-    kinds = typing.get_args(kind) or (kind,)
-    return type(value) in kinds or (float in kinds and type(value) is int)
+    kinds = typing.get_args(kind) or (kind,)  # of a union the types, of a Literal the values
+    return value in kinds or type(value) in kinds or (float in kinds and type(value) is int)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
@@ -214,12 +202,15 @@ class Run:
         return shard(model) if world_size() > 1 else model
 
     def explain(self, kind, error, trace) -> None:
-        """Ends a run with a sentence where the disk is full."""
-        if any(words in str(error) for words in DISK_FULL):
-            again = f"{self._kept()}; go on with: python {self.script.name} --resume {self.folder}"
-            print(f"\n{self.folder}: cannot be written ({first_line(error)}). {again}", file=sys.stderr)
+        """For Python to call at the end: one sentence where the disk is full, and for Ctrl-C
+        outside of the training loop; every other error is shown whole."""
+        is_full = any(words in str(error) for words in DISK_FULL)
+        if is_full or kind is KeyboardInterrupt:
+            what = f"{self.folder} cannot be written ({first_line(error)})" if is_full else "Interrupted"
+            again = f"--resume {self.folder}" if self.folder.exists() else f"--name {self._args.name}"
+            print(f"\n{what}. {self._kept()}; go on with: python {self.script.name} {again}", file=sys.stderr)
         else:
-            one_line_for_ctrl_c(kind, error, trace)
+            sys.__excepthook__(kind, error, trace)
 
     def _make_folder(self) -> None:
         """Makes the run's folder once model and data were found to be good, so that a wrong path
