@@ -197,7 +197,7 @@ def main() -> None:
         failed += len(faults)
         kills = sum(number for moment, number in counts.items() if moment != "finished")
         moments = ", ".join(f"{number} {moment}" for moment, number in counts.most_common() if moment != "finished")
-        print(f"{script}: {kills} kills ({moments}), {counts['finished']} runs finished and the same as without.")
+        print(f"{script}: {kills} kills ({moments}), {counts['finished']} runs finished and the same as without.", flush=True)
         for fault in faults:
             print(f"    {fault}", flush=True)
     finished = total.pop("finished", 0)
