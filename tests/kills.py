@@ -30,14 +30,14 @@ ROOT = Path(__file__).resolve().parent.parent
 STEPS = 9
 COMMON = f"--max-steps {STEPS} --save-every 1 --eval-every 2 --log-every 2".split()
 ALIGNMENT = [*COMMON, *"--batch-size 8 --micro-batch-size 4 --kl-samples 8 --max-new-tokens 12".split()]
-PRETRAINING = [*COMMON, *"--batch-size 4 --micro-batch-size 2 --samples 12 --max-new-tokens 12 --tokens 2e3".split()]
+PRETRAINING = [*COMMON, *"--batch-size 4 --micro-batch-size 2 --samples 12 --max-new-tokens 12 --tokens 1e4".split()]
 FLAGS = {  # of the method: what has a state of its own
     "dph": "--head-dropout 0.2 --prior-decay 0.1 --n 3".split(),
     "superhf": "--completions 4".split(),
     "ppo": "--ppo-epochs 2".split(),
     "pointwise_dpo": ["--learn-partition"],
 }
-CHANGING = {"seconds", "tokens_per_second", "peak_memory_bytes", "peak_flops_share"}
+CHANGING = {"seconds", "tokens_per_second", "peak_memory_bytes", "peak_flops_share", "time_shares"}
 COMPARED = ("model.safetensors", "metrics.jsonl", "candidates.jsonl")
 
 
@@ -69,7 +69,7 @@ def load_libraries() -> None:
 
 
 def start(script: str, words: list[str], log: Path) -> int:
-    """The id of a forked process that runs a script with this command line; it prints into `log`."""
+    """The id of a forked process that runs a script with these words; it prints into `log`."""
     if process := os.fork():
         return process
     status = 1
@@ -197,7 +197,10 @@ def main() -> None:
         failed += len(faults)
         kills = sum(number for moment, number in counts.items() if moment != "finished")
         moments = ", ".join(f"{number} {moment}" for moment, number in counts.most_common() if moment != "finished")
-        print(f"{script}: {kills} kills ({moments}), {counts['finished']} runs finished and the same as without.", flush=True)
+        print(
+            f"{script}: {kills} kills ({moments}), {counts['finished']} runs finished and the same as without.",
+            flush=True,
+        )
         for fault in faults:
             print(f"    {fault}", flush=True)
     finished = total.pop("finished", 0)

@@ -201,7 +201,7 @@ def test_no_clipping_is_taken_up_again(tmp_path, stopped, monkeypatch):
 
 
 def full_disk(size: int, words: list[str]) -> subprocess.CompletedProcess:
-    """dpo.py where no file can become larger than `size` bytes: the system's own error of a write."""
+    """dpo.py where no file can become larger than `size` bytes: the system's own error."""
     limit = f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size})); "
     run = "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     return start_process(["-c", limit + run, str(ROOT / "dpo.py"), *words])
