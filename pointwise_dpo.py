@@ -350,11 +350,11 @@ def main(args: Args) -> None:
     splits, data_sha256, label_kind = load_labelled(
         *rows_from, tokenizer, max_length, unlabelled=not LABEL_NEEDED, **label_options
     )
-    run.pin_sources(ref_folder, data_sha256)
     plan = batches.plan_batches(splits["train"], args.batch_size, args.epochs, args.max_steps, args.seed)
     splits["train"], plan = batches.planned_rows(splits["train"], plan)
     pad_id = tokenizer.pad_token_id
     layout = oracle.choose_layout(logps_of, model, splits, pad_id, run.device, share_prompt=False)
+    run.pin_sources(ref_folder, data_sha256)
     batch_of = partial(batches.collate, pad_id=pad_id, layout=layout, device=run.device)
 
     # What the reference says of the rows becomes columns of them before the first step.

@@ -566,12 +566,12 @@ def main(args: Args) -> None:
     max_length = models.length_limit(args.max_length, model)
     rows_from = (args.data, args.eval_data, args.holdout, args.seed)
     splits, data_sha256 = load_prompts(*rows_from, tokenizer, max_length, args.max_new_tokens)
-    run.pin_sources(ref_folder, data_sha256)
     plan = batches.plan_batches(splits["train"], args.batch_size, args.epochs, args.max_steps, args.seed)
     longest = {"longest": [longest_row(splits, tokenizer.eos_token_id)]}
     splits["train"], plan = batches.planned_rows(splits["train"], plan)
     pad_id = tokenizer.pad_token_id
     layout = oracle.choose_layout(logps_of, model, longest, pad_id, run.device, share_prompt=False)
+    run.pin_sources(ref_folder, data_sha256)
     if layout == "model_head":
         raise SystemExit(f"--model {args.model}: its output layer scales or caps logits, which ppo.py does not do.")
     batch_of = partial(batches.collate, pad_id=pad_id, layout=layout, device=run.device)

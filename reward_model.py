@@ -167,12 +167,12 @@ def main(args: Args) -> None:
     max_length = models.length_limit(args.max_length, model, tokenizer)
     rows_from = (args.data, args.eval_data, args.holdout, args.seed)
     splits, data_sha256 = data.load_pairs(*rows_from, tokenizer, max_length)
-    run.pin_sources(model_folder, data_sha256)
     splits["train"] = half_of(splits["train"], args.half)
     if args.half != "all":
         print0(f"The {args.half} half of the prompts: {len(splits['train']):,} rows to train on.")
     plan = batches.plan_batches(splits["train"], args.batch_size, args.epochs, args.max_steps, args.seed)
     splits["train"], plan = batches.planned_rows(splits["train"], plan)
+    run.pin_sources(model_folder, data_sha256)
     batch_of = partial(batches.collate, pad_id=tokenizer.pad_token_id, layout="rows", device=run.device)
     predict = partial(run.predict, models.bind_forward(model, rewards_of), batch_of)  # rows -> [rows, 2]
 

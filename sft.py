@@ -216,11 +216,11 @@ def main(args: Args) -> None:
     max_length = models.length_limit(args.max_length, model)
     rows_from = (args.data, args.eval_data, args.holdout, args.seed)
     splits, data_sha256 = load_demonstrations(*rows_from, tokenizer, max_length)
-    run.pin_sources(ref_folder, data_sha256)
     plan = batches.plan_batches(splits["train"], args.batch_size, args.epochs, args.max_steps, args.seed)
     splits["train"], plan = batches.planned_rows(splits["train"], plan)
     pad_id = tokenizer.pad_token_id
     layout = oracle.choose_layout(logps_of, model, splits, pad_id, run.device, share_prompt=False)
+    run.pin_sources(ref_folder, data_sha256)
     batch_of = partial(batches.collate, pad_id=pad_id, layout=layout, device=run.device)
 
     compute = models.bind_forward(model, compute_loss)

@@ -44,7 +44,7 @@ def demonstrations(path, tokenizer):
     return labelled_rows.load_demonstrations(str(path), None, 0.0, 0, tokenizer, 64, say=lambda words: None)[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------- rows
+# -- rows
 
 
 def test_formats():
@@ -271,7 +271,7 @@ def test_concordance():
         metrics.auc(scores, labels[:, None])
 
 
-# ------------------------------------------------------------------------------------------------------------- the passes
+# -- the passes
 
 EXAMPLES = [
     {"prompt": [5, 6, 7], "completions": [[8, 9]], "labels": 1.0},
@@ -315,7 +315,7 @@ def test_the_loss_of_a_batch_by_hand(script, bigram):
     assert squared.item() == pytest.approx((3.0 * positive + 0.5 * h[1] ** 2).item(), rel=1e-5)
 
 
-# -------------------------------------------------------------------------------------------------------------- training
+# -- training
 
 
 @pytest.fixture(scope="module")

@@ -34,14 +34,14 @@ def rows_of_lengths(*lengths: int) -> list[dict]:
 
 
 def test_learning_rate_rises_and_falls_in_straight_lines(start):
-    rates = [learning_rate(step, 20, peak=2.0, warmup=4.0) for step in range(20)]
-    run = start(lr=2.0, warmup=4.0)
+    rates = [learning_rate(step, 20, peak=1.0, warmup=4.0) for step in range(20)]
+    run = start(lr=1.0, warmup=4.0)
     run.total = 20
     assert [run.learning_rate(step) for step in range(20)] == rates
-    assert rates[:4] == pytest.approx([0.4, 0.8, 1.2, 1.6])
-    assert rates[4] == max(rates) == 2.0
-    assert [rates[i] - rates[i + 1] for i in range(4, 19)] == pytest.approx([2.0 / 16] * 15)
-    assert rates[-1] == pytest.approx(2.0 / 16)  # 0 is reached after the last step, so no step is lost
+    assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert rates[4] == max(rates) == 1.0
+    assert [rates[i] - rates[i + 1] for i in range(4, 19)] == pytest.approx([1.0 / 16] * 15)
+    assert rates[-1] == pytest.approx(1.0 / 16)  # 0 is reached after the last step, so no step is lost
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 100])

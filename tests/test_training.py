@@ -658,13 +658,14 @@ def test_a_number_that_is_not_finite_stops_the_run(where, tmp_path, file13, llam
 
 def test_the_last_line_of_a_diverging_run_is_one_sentence(tmp_path, file13, llama):
     """A learning rate far too high, as a user has it: status 1 and one sentence, no traceback."""
-    words = [
-        f"--{name.replace('_', '-')}={value}"
-        for name, value in {**SHORT, "model": llama, "data": file13, "lr": 1e30, "batch_size": 2}.items()
-    ]
-    process = start_process(["dpo.py", "--name", "run", "--output-dir", str(tmp_path), *words])
-    assert process.returncode == 1
-    assert "Traceback" not in process.stderr
+    given = {**SHORT, "model": llama, "data": file13, "batch_size": 2, "name": "run", "output_dir": str(tmp_path)}
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in (given | {"lr": 1e30}).items()]
+    program = f"import sys; sys.argv = ['dpo.py', *{words!r}]\nimport dpo, tyro\nfrom common import run\n"
+    program += "run.RANGES['lr'] = run.POSITIVE\ndpo.main(tyro.cli(dpo.Args))"
+    for started in (["dpo.py", *words], ["-c", program]):
+        process = start_process(started)
+        assert process.returncode == 1
+        assert "Traceback" not in process.stderr
     assert "not finite: the learning rate is likely too high" in process.stderr.splitlines()[-1]
 
 
