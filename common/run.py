@@ -112,8 +112,8 @@ def resumed_arguments(args, script: str):
         raise InputError(f"--resume {folder}: that run is finished; nothing is left to do.")
     fields = {field.name: field for field in dataclasses.fields(args) if field.name != "resume"}
     saved.pop("resume", None)
-    if odd := sorted(fields.keys() ^ saved.keys()):
-        raise InputError(f"--resume {folder}: args.json does not have the arguments of {script} ({', '.join(odd)}).")
+    if odd := ", ".join(sorted(fields.keys() ^ saved.keys())):
+        raise InputError(f"--resume {folder}: args.json and {script} do not have the same arguments ({odd}).")
     kinds = typing.get_type_hints(type(args))
     for name, field in fields.items():
         if saved[name] is None and kinds[name] is float:
