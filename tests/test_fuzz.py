@@ -37,7 +37,19 @@ TOKENIZERS.append(byte_tokenizer(eos=True, chat_template=STRICT))
 # -- values
 
 ODD_TEXTS = ["", " ", "\n\nAssistant:", "Human: a\n\nAssistant: b", "a\u2028b", "\ufeffa", "\x00", "e\u0301", "</s>"]
-ODD_TEXTS += ["\ud800", "\udfff b", "a\tb\r", "1_000", "1e400", "nan", "true", " 0.5 ", "1" * 100_000 + "x", "é" * 300]
+ODD_TEXTS += [
+    "\ud800",
+    "\udfff b",
+    "a\tb\r",
+    "1_000",
+    "1e400",
+    "1.7e308",
+    "nan",
+    "true",
+    " 0.5 ",
+    "1" * 100_000 + "x",
+    "é" * 300,
+]
 TEXTS = st.one_of(st.sampled_from(["ab", "ab ab", "ab t", "yes"]), st.sampled_from(ODD_TEXTS), st.text(max_size=12))
 NUMBERS = st.one_of(st.sampled_from([0, 1, True, False, 0.5, -3, 10**400]), st.integers(), st.floats())
 SCALARS = st.one_of(st.none(), NUMBERS, TEXTS)
