@@ -102,17 +102,9 @@ def read_parquet(source: str, content: bytes) -> list[tuple[str, dict]]:
             if pyarrow.types.is_temporal(field.type):
                 table = table.set_column(i, field.name, table.column(i).cast(pyarrow.string()))
         rows = table.to_pylist()
-        refuse_twice(f"{source}: the file", table.column_names)
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
         raise InputError(f"{source}: not a readable parquet file ({first_line(error)}).") from None
     return [(f"{source}, row {i}", row) for i, row in enumerate(rows, 1)]
-
-
-def refuse_twice(what: str, names: list[str]) -> None:
-    """Raises InputError where a name comes twice: a row would silently keep the last value."""
-    for name, count in Counter(names).items():
-        if count > 1:
-            raise InputError(f"{what} has the field {json.dumps(name)} twice.")
 
 
 def read_csv(source: str, text: str) -> list[tuple[str, dict]]:
@@ -125,7 +117,9 @@ def read_csv(source: str, text: str) -> list[tuple[str, dict]]:
     except csv.Error as error:  # in the line after the last good row
         raise InputError(f"{source}, line {reader.line_num + 1}: not valid CSV ({error}).") from None
     names = reader.fieldnames or []
-    refuse_twice(f"{source}, line 1: the header", names)
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise InputError(f"{source}, line 1: the header has the field {json.dumps(name)} twice.")
     for where, row in rows:
         if None in row:
             raise InputError(f"{where}: more values than the header has names ({len(row) - 1}).")

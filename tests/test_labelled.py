@@ -127,10 +127,10 @@ def test_labels_of_csv_files_are_read_as_numbers(tmp_path, plain):
 def test_numbers_that_are_no_labels(tmp_path):
     """Among them what a float32 cannot hold, and digits that a careless pattern reads for hours."""
     for text in ("1_000", "1e39", "-1e39", "nan", "inf", "1e400", "", "1" * 100_000 + "x"):
-        assert number_of(text, from_text=True) is None, text[:20]
+        assert labelled_rows.number_of(text, from_text=True) is None, text[:20]
     for value in (float("nan"), float("inf"), 1.7e308, 10**400, "1", None, [1]):
-        assert number_of(value, from_text=False) is None
-    assert [number_of(text, from_text=True) for text in ("1.", ".5", "-2e3", "+1.5", " True ")] == [
+        assert labelled_rows.number_of(value, from_text=False) is None
+    assert [labelled_rows.number_of(text, from_text=True) for text in ("1.", ".5", "-2e3", "+1.5", " True ")] == [
         1,
         0.5,
         -2e3,
