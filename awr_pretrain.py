@@ -10,6 +10,7 @@ is good. Advantage-weighted regression: a token's reward R = -s is its segment's
 
 Peng et al. 2019, arXiv 1910.00177, is where the method is from. V is a constant in the weight; the
 squared error trains the head and the backbone beneath it.
+
     python awr_pretrain.py                 the toy corpus, a minute or two on a CPU
     python awr_pretrain.py --task pep8 --context 256 --alpha 0.05 --beta 1
     torchrun --nproc-per-node 8 awr_pretrain.py --task pep8 --model gpt2-small
@@ -25,6 +26,7 @@ Differences from the authors' code:
 3. No dropout, and evaluation is in eval mode; theirs leaves dropout on while it samples.
 """
 
+import sys
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -366,4 +368,6 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)  # tyro would join its lines
+    main(tyro.cli(Args))

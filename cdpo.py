@@ -8,6 +8,7 @@ y_w and a rejected one y_l:
 pi is the policy, ref the frozen model it started from; log pi(y|x) is the sum over the answer's
 tokens, its EOS included. eps, the share of labels taken to be flipped, is --label-smoothing. The
 gradient vanishes where sigma(beta * h) = 1 - eps; eps = 0 is DPO.
+
     python cdpo.py                                      the toy world, about a minute on a CPU
     python cdpo.py --model gpt2 --data pairs.jsonl --lr 1e-5
     torchrun --nproc-per-node 8 cdpo.py --model gpt2 --data pairs.jsonl --lr 1e-5
@@ -26,6 +27,7 @@ Differences from the authors' code:
 3. AdamW with linear decay and clipping at 1, not RMSprop at a constant rate and clipping at 10.
 """
 
+import sys
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -332,4 +334,6 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)  # tyro would join its lines
+    main(tyro.cli(Args))

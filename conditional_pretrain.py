@@ -9,6 +9,7 @@ probability d; then maximum likelihood, the control tokens being targets like al
 At inference the model starts from EOS <|good|>. On text both control tokens are banned; on code
 only <|bad|> is: the model itself writes <|good|> before each line, and nothing is inserted. Control
 tokens are taken out before a sample is scored.
+
     python conditional_pretrain.py                 the toy corpus, a minute or two on a CPU
     python conditional_pretrain.py --task pep8 --context 256 --drop 0.1
     torchrun --nproc-per-node 8 conditional_pretrain.py --task pep8 --model gpt2-small
@@ -26,6 +27,7 @@ Differences from the authors' code:
 4. <|good|> and <|bad|> are the paper's names; their code says <|aligned|> and <|misaligned|>.
 """
 
+import sys
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -367,4 +369,6 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)  # tyro would join its lines
+    main(tyro.cli(Args))

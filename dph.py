@@ -11,6 +11,7 @@ share of labels taken to be wrong:
 cDPO trains the LM itself from the same pairs; --dpo-weight 0 gives the pure head, and
 --freeze-backbone leaves the LM as it was. The run's folder loads as a causal LM and, head included,
 with AutoModelForSequenceClassification.
+
     python dph.py                                       the toy world, about a minute on a CPU
     python dph.py --model gpt2 --lr 1e-5 --data pairs.jsonl
     torchrun --nproc-per-node 8 dph.py --model gpt2 --lr 1e-5 --data pairs.jsonl
@@ -30,6 +31,7 @@ Differences from the authors' code:
 3. The prompt is computed once for both answers; the reference's log-probabilities once.
 """
 
+import sys
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -452,4 +454,6 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)  # tyro would join its lines
+    main(tyro.cli(Args))

@@ -7,6 +7,7 @@ rejected one y_l:
 
 pi is the policy, ref the frozen model it started from; log pi(y|x) is the sum over the answer's
 tokens, its EOS included.
+
     python dpo.py                                       the toy world, about a minute on a CPU
     python dpo.py --model gpt2 --data pairs.jsonl --lr 1e-5
     torchrun --nproc-per-node 8 dpo.py --model gpt2 --data pairs.jsonl --lr 1e-5
@@ -25,6 +26,7 @@ Differences from the authors' code:
 3. AdamW with linear decay and clipping at 1, not RMSprop at a constant rate and clipping at 10.
 """
 
+import sys
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -315,4 +317,6 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)  # tyro would join its lines
+    main(tyro.cli(Args))

@@ -7,6 +7,7 @@ is good. A document with segments of scores s_1 ... s_n stays where
     loss = -log p(token)        mean over all tokens of the documents that stay
 
 What stays is repeated until the budget of tokens is spent, which is that of the five others.
+
     python filtered_pretrain.py                 the toy corpus, a minute or two on a CPU
     python filtered_pretrain.py --task pep8 --context 256 --threshold 2.361e-3
     torchrun --nproc-per-node 8 filtered_pretrain.py --task pep8 --model gpt2-small
@@ -22,6 +23,7 @@ Differences from the authors' code:
 3. No dropout, and evaluation is in eval mode; theirs leaves dropout on while it samples.
 """
 
+import sys
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -307,4 +309,6 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)  # tyro would join its lines
+    main(tyro.cli(Args))

@@ -7,6 +7,7 @@ ignores the scores:
     loss = -log p(token)        mean over all tokens
 
 A run of this script is the column mle in the end tables of the five others.
+
     python mle_pretrain.py                 the toy corpus, a minute or two on a CPU
     python mle_pretrain.py --task pep8 --context 256
     torchrun --nproc-per-node 8 mle_pretrain.py --task pep8 --model gpt2-small
@@ -22,6 +23,7 @@ Differences from the authors' code:
 3. No dropout, and evaluation is in eval mode; theirs leaves dropout on while it samples.
 """
 
+import sys
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -294,4 +296,6 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)  # tyro would join its lines
+    main(tyro.cli(Args))

@@ -9,6 +9,7 @@ arXiv 2312.02554. With the reward that a policy stands for, r(x, y) = beta * log
 log pi(y|x) is the sum over the answer's tokens, its EOS included. The paper's code takes beta log Z
 to be 0 for all prompts; then how hard a prompt is, how many labels are good and on which scale leak
 into the policy (docs/pointwise_dpo.md). --learn-partition learns one value for each prompt.
+
     python pointwise_dpo.py                             the toy world, about a minute on a CPU
     python pointwise_dpo.py --model gpt2 --data labelled.jsonl --lr 1e-5
     torchrun --nproc-per-node 8 pointwise_dpo.py --model gpt2 --data labelled.jsonl --lr 1e-5
@@ -29,6 +30,7 @@ Differences from the authors' code:
 3. The continuous loss is purely quadratic; theirs sends labels of exactly 1 to the likelihood.
 """
 
+import sys
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -429,4 +431,6 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)  # tyro would join its lines
+    main(tyro.cli(Args))

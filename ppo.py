@@ -8,6 +8,7 @@ completion y of prompt x, token by token, with pi_old the policy that sampled it
          + vf_coef * mean of 1/2 max((V - R)^2, (clamp(V, V_old +- value_clip) - R)^2), R = A + V
 
 Means and whitenings are over completion tokens. V is a linear head on the policy's hidden states.
+
     python ppo.py                                       the toy world, a minute on a CPU
     python ppo.py --reward toy:flawed --test-reward toy --kl 0.02       a flawed reward, exploited
     python ppo.py --model gpt2 --data prompts.jsonl --reward runs/reward_model-gpt2-seed0 \\
@@ -31,6 +32,7 @@ Differences from the authors' code (more details: docs/ppo.md):
 """
 
 import re
+import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -622,4 +624,6 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)  # tyro would join its lines
+    main(tyro.cli(Args))

@@ -6,6 +6,7 @@ answer y to prompt x, y_w the chosen and y_l the rejected one:
 
 r is the one logit of a sequence-classification model: of a causal LM a linear head without bias at
 the last token, the answer's EOS. A new head starts at zero, so that the first loss is log 2.
+
     python reward_model.py                              the toy world, half a minute on a CPU
     python reward_model.py --model gpt2 --data pairs.jsonl --lr 1e-5 --half first
     torchrun --nproc-per-node 8 reward_model.py --model gpt2 --data pairs.jsonl --lr 1e-5
@@ -26,6 +27,7 @@ Differences from the SuperHF authors' code:
 
 import hashlib
 import json
+import sys
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -218,4 +220,6 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)  # tyro would join its lines
+    main(tyro.cli(Args))

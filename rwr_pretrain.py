@@ -8,6 +8,7 @@ is good. Reward-weighted regression: a token's reward R = -s is its segment's:
 Peters and Schaal 2007 is where the method is from. With beta far above the rewards all weights are
 nearly 1, and RWR is nearly MLE: the start of a run prints their range. At the paper's beta of 10
 and rewards in [-1, 0] it is [.905, 1].
+
     python rwr_pretrain.py                 the toy corpus, a minute or two on a CPU
     python rwr_pretrain.py --task pep8 --context 256 --beta 10
     torchrun --nproc-per-node 8 rwr_pretrain.py --task pep8 --model gpt2-small
@@ -26,6 +27,7 @@ Differences from the authors' code:
    again where neither weights nor gradients are clipped.
 """
 
+import sys
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -330,4 +332,6 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)  # tyro would join its lines
+    main(tyro.cli(Args))

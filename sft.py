@@ -6,6 +6,7 @@ For a prompt x and an answer y the loss is the mean of -log pi over the answers'
 The prompt's tokens are read and never trained on; the answer's EOS is. Demonstrations are rows with
 prompt and completion; of preference pairs the chosen answer is taken, of labelled rows those with
 label 1.
+
     python sft.py                                       the toy world, about a minute on a CPU
     python sft.py --model gpt2 --data pairs.jsonl --lr 1e-5
     torchrun --nproc-per-node 8 sft.py --model gpt2 --data pairs.jsonl --lr 1e-5
@@ -27,6 +28,7 @@ Two things that other implementations get wrong:
 """
 
 import math
+import sys
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -270,4 +272,6 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)  # tyro would join its lines
+    main(tyro.cli(Args))

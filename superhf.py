@@ -7,6 +7,7 @@ and with pi the policy and ref what it began as take one step on
 Both means are over the tokens of the kept completions. The KL runs over the whole vocabulary in the
 forward direction: it keeps alive what the reference may say. It is what stands between the reward
 and a policy that says the same to every prompt; kl 0 is RAFT.
+
     python superhf.py                                   the toy world, a minute on a CPU
     python superhf.py --reward toy:flawed --test-reward toy --kl 0      a flawed reward, exploited
     python superhf.py --model gpt2 --data prompts.jsonl --reward runs/reward_model-gpt2-seed0 \\
@@ -30,6 +31,7 @@ Differences from the authors' code:
 """
 
 import re
+import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -513,4 +515,6 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)  # tyro would join its lines
+    main(tyro.cli(Args))

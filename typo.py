@@ -9,6 +9,7 @@ tokens of the KL between the next-token distributions, over the whole vocabulary
 sum over the answer's tokens, its EOS included. As lambda goes to 0 the minimiser goes to the policy
 that explains the preferences, as it goes to infinity to the reference; where the reference already
 is that policy, it stays.
+
     python typo.py                                      the toy world, about a minute on a CPU
     python typo.py --model gpt2 --data pairs.jsonl --lr 1e-5
     torchrun --nproc-per-node 8 typo.py --model gpt2 --data pairs.jsonl --lr 1e-5
@@ -29,6 +30,7 @@ Differences from the authors' code:
    keeps a second model, the reference's weights, while training.
 """
 
+import sys
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -364,4 +366,6 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)  # tyro would join its lines
+    main(tyro.cli(Args))

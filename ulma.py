@@ -7,6 +7,7 @@ arXiv 2312.02554. With h = beta * [log pi(y|x) - log ref(y|x)] + beta log Z(x) a
 log pi(y|x) is the sum over the answer's tokens, its EOS included. Rows without a label are
 demonstrations, z = 1. Nothing weighs the two terms against each other: at the start a negative
 answer's gradient is beta / 2 where a demonstration's is 1.
+
     python ulma.py                                      the toy world, about a minute on a CPU
     python ulma.py --model gpt2 --data labelled.jsonl --lr 1e-5
     torchrun --nproc-per-node 8 ulma.py --model gpt2 --data labelled.jsonl --lr 1e-5
@@ -25,6 +26,7 @@ Differences from the authors' code:
    each class by itself in every micro-batch.
 """
 
+import sys
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -427,4 +429,6 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)  # tyro would join its lines
+    main(tyro.cli(Args))

@@ -7,6 +7,7 @@ is good. A token has the score of its segment:
     s >  t:   loss = -alpha * log(1 - p(token))        the mean over all tokens
 
 Welleck et al. 2019, arXiv 1908.04319, is where the unlikelihood term is from.
+
     python unlikelihood_pretrain.py                 the toy corpus, a minute or two on a CPU
     python unlikelihood_pretrain.py --task pep8 --context 256 --alpha 0.01
     torchrun --nproc-per-node 8 unlikelihood_pretrain.py --task pep8 --model gpt2-small
@@ -25,6 +26,7 @@ Differences from the authors' code:
    PII and PEP8 runs had another loss than their toxicity runs.
 """
 
+import sys
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -324,4 +326,6 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)  # tyro would join its lines
+    main(tyro.cli(Args))

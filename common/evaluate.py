@@ -234,6 +234,10 @@ def score_pairs(model, head, rows: list[dict], pad_id: int, batch_size: int) -> 
 
 
 if __name__ == "__main__":
+    import sys
+
     import tyro
 
-    main(tyro.cli(Args, description=__doc__))
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)  # tyro would join its lines
+    main(tyro.cli(Args))

@@ -61,14 +61,14 @@ COMMON_LINES, FILE_LINES = 2200, 500  # common/ in all, and any file of a packag
 FUNCTION_LINES, MAIN_LINES = 45, 75  # of code: without docstring, comments and blank lines
 SCRIPT_LINES = 345  # scripts that hold more than one loss, a head or a second model have a limit of their own
 LONGER = {
-    "awr_pretrain": 370,
-    "conditional_pretrain": 372,
+    "awr_pretrain": 375,
+    "conditional_pretrain": 375,
     "dph": 465,
-    "pointwise_dpo": 435,
-    "ulma": 435,
+    "pointwise_dpo": 440,
+    "ulma": 440,
     "typo": 375,
     "ppo": 630,
-    "superhf": 520,
+    "superhf": 525,
 }
 LONGER_MAIN = {"ppo": 90, "dph": 95, "pointwise_dpo": 95, "ulma": 95}
 PROGRAMS = set(

@@ -2,6 +2,7 @@
 file and line.
 """
 
+import importlib
 import shutil
 import subprocess
 import sys
@@ -78,7 +79,7 @@ def test_a_trunk_line_is_found_and_fixed(copy, kind):
     elif kind == "first line":
         line = changed(path, "from dataclasses import dataclass\n", "import dataclasses\n")
     elif kind == "last line":
-        line = changed(path, "main(tyro.cli(Args, description=__doc__))", "main(Args())")
+        line = changed(path, "main(tyro.cli(Args))", "main(Args())")
     else:
         line = changed(path, "    # [/method]\n", "        # [/method]\n")
     found = house.check(copy)
@@ -289,3 +290,20 @@ def test_documents(copy, text, expected):
         assert found == []
     else:
         assert any(line.startswith("docs/page.md:") and expected in line for line in found), found
+
+
+@pytest.mark.parametrize("script", sorted(path.stem for path in house.ROOT.glob("*.py")))
+def test_help_fits_a_terminal_of_100_columns(script, capsys, monkeypatch):
+    """The docstring is printed as it stands (ruff checks its width); the options are tyro's."""
+    import tyro
+
+    module = importlib.import_module(script)
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(sys, "argv", [f"{script}.py"])
+    with pytest.raises(SystemExit):
+        tyro.cli(module.Args, args=["--help"])
+    text = module.__doc__ + capsys.readouterr().out
+    assert max(map(len, text.split("\n"))) <= 100
+    assert "\n\n\n" not in text
+    for name in vars(module.Args()):
+        assert f"--{name.replace('_', '-')}" in text

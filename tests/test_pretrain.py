@@ -447,6 +447,17 @@ def test_optimiser_schedule_and_decay(script, tmp_path, short_toy, monkeypatch):
     assert [line["lr"] for line in lines_of(folder)] == pytest.approx(expected)
 
 
+def test_filtering_leaves_held_out_documents_as_they_are(tmp_path, short_toy, capsys):
+    """All six scripts are judged on the same held-out text, the bad documents in it included."""
+    chunks_of = {}
+    for script in ("mle_pretrain", "filtered_pretrain"):
+        train(script, tmp_path / script, context=64, tokens=64 * 4, threshold=0.0)
+        lines = capsys.readouterr().out.splitlines()
+        chunks_of[script] = [line for line in lines if line.startswith("Held-out: ")]
+    assert len(chunks_of["mle_pretrain"]) == 1
+    assert chunks_of["filtered_pretrain"] == chunks_of["mle_pretrain"]
+
+
 def test_held_out_lines_are_those_of_the_saved_model(tmp_path, short_toy):
     folder = train("mle_pretrain", tmp_path / "run", holdout=0.3, eval_every=7)
     (line,) = lines_of(folder, "held_out")

@@ -58,6 +58,13 @@ METHODS = [
         PRETRAIN + "test_filtering_trains_on_kept_documents_only_and_repeats_them",
     ),
     Mutant(
+        "held-out documents filtered too",
+        ("filtered_pretrain.py",),
+        'documents["train"] = kept',
+        'documents = {k: [d for d in v if mean_score(d["scores"]) <= threshold] for k, v in documents.items()}',
+        PRETRAIN + "test_filtering_leaves_held_out_documents_as_they_are",
+    ),
+    Mutant(
         "control tokens dropped anew on resume",
         ("conditional_pretrain.py",),
         "rng, id_of, ids = Random(seed), {",
