@@ -84,7 +84,7 @@ def half_of(rows, which: str):
     kept = []
     for i, row in enumerate(rows):
         prompt, answer = row["texts"][:2]
-        is_first = hashlib.sha256(json.dumps(prompt or answer).encode()).digest()[0] < 128
+        is_first = hashlib.sha256(json.dumps(prompt or answer, default=str).encode()).digest()[0] < 128
         if is_first == (which == "first"):
             kept.append(i)
     if not kept:

@@ -9,4 +9,4 @@ class InputError(SystemExit):
 
 def first_line(error: Exception) -> str:
     """An exception's first line, or its name where it says nothing."""
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

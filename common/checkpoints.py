@@ -6,20 +6,37 @@ renamed, so a kill at any moment leaves the last good one.
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 import safetensors.torch
 import torch
 
-from common import InputError
-from common.files import write_json
+from common import InputError, first_line
+from common.files import read_json, write_json
 from common.processes import is_main_process, wait_for_all, world_size
+
+AGAIN = "expected what the run wrote there; begin it again under another --name"  # where a file of a run is damaged
 
 
 def newest(folder: Path) -> Path | None:
     """The newest checkpoint of a run; they get their name when they are complete."""
-    return max((folder / "checkpoints").glob("step-*"), default=None)
+    return max(filter(is_complete, (folder / "checkpoints").glob("step-*")), default=None)
+
+
+def is_complete(path: Path) -> bool:
+    """Whether a path is a checkpoint, though perhaps a damaged one; others may bear such a name."""
+    return re.fullmatch(r"step-\d{8}", path.name) is not None and (path / "state.json").is_file()
+
+
+def read_state(checkpoint: Path) -> dict:
+    """What a checkpoint says of the run; InputError where it is damaged."""
+    state = read_json(checkpoint / "state.json", "", AGAIN)
+    kinds = {"step": int, "seconds": (int, float), "tokens": int, "window": list}
+    if not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
+        raise InputError(f"{checkpoint / 'state.json'}: {AGAIN}.")
+    return state
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -27,7 +44,7 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); expected what the run wrote there.") from None
+        raise InputError(f"{path}: cannot be read ({first_line(error)}); {AGAIN}.") from None
 
 
 def save_model(model, tokenizer, folder: Path) -> None:
@@ -60,7 +77,7 @@ def save(folder: Path, model, optimizer, tokenizer, state: dict, device) -> Path
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     save_model(model, tokenizer, aside)
-    if is_main_process() and not final.exists():
+    if is_main_process() and not is_complete(final):
         tensors = {
             f"{name}|{key}": value.contiguous() for name, values in moments.items() for key, value in values.items()
         }
@@ -69,6 +86,8 @@ def save(folder: Path, model, optimizer, tokenizer, state: dict, device) -> Path
             tensors["rng|cuda"] = torch.cuda.get_rng_state(device)
         safetensors.torch.save_file(tensors, aside / "optimizer.safetensors")
         write_json(aside / "state.json", state)
+        if final.exists():  # something else of that name
+            shutil.rmtree(final) if final.is_dir() else final.unlink()
         os.replace(aside, final)
         for old in (folder / "checkpoints").iterdir():
             if old != final:
@@ -78,17 +97,15 @@ def save(folder: Path, model, optimizer, tokenizer, state: dict, device) -> Path
 
 
 def restore(checkpoint: Path, model, optimizer, device) -> None:
-    """Optimiser state and random numbers of a checkpoint."""
+    """Optimiser state and random numbers of a checkpoint; InputError where they are damaged."""
     from torch.distributed.checkpoint.state_dict import (
         StateDictOptions,
         get_optimizer_state_dict,
         set_optimizer_state_dict,
     )
 
-    tensors = load_tensors(checkpoint / "optimizer.safetensors")
-    torch.set_rng_state(tensors.pop("rng|cpu"))
-    if "rng|cuda" in tensors and device.type == "cuda":
-        torch.cuda.set_rng_state(tensors.pop("rng|cuda"), device)
+    path = checkpoint / "optimizer.safetensors"
+    tensors = load_tensors(path)
     moments: dict = {}
     for name, value in tensors.items():
         parameter, _, key = name.rpartition("|")
@@ -96,4 +113,13 @@ def restore(checkpoint: Path, model, optimizer, device) -> None:
             moments.setdefault(parameter, {})[key] = value
     groups = get_optimizer_state_dict(model, optimizer)["param_groups"]
     state = {"state": moments, "param_groups": groups}
-    set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))
+    try:
+        for name, parameter in model.named_parameters():
+            if any(value.dim() and value.shape != parameter.shape for value in moments.get(name, {}).values()):
+                raise ValueError(f"{name} has another shape")
+        torch.set_rng_state(tensors["rng|cpu"])
+        if "rng|cuda" in tensors and device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["rng|cuda"], device)
+        set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:  # another model's, or only a part
+        raise InputError(f"{path}: does not fit the model ({first_line(error)}); {AGAIN}.") from None

@@ -23,7 +23,7 @@ SPLITS = {"train": "Training rows", "held_out": "Held-out rows", "unseen": "Rows
 
 def split_by_prompt(rows: list[tuple], share: float, seed: int) -> tuple[list, list]:
     """(train, held out): `share` of the distinct prompts (a row's first element) is held out."""
-    keys = [json.dumps(row[0] or row[1]) for row in rows]  # without a prompt the text itself decides
+    keys = [json.dumps(row[0] or row[1], default=str) for row in rows]  # without a prompt the text itself decides
     distinct = sorted(set(keys))
     random.Random(seed).shuffle(distinct)
     held = set(distinct[: round(share * len(distinct))])

@@ -59,7 +59,7 @@ def kl_of_samples(policy, reference, prompts, completions, pad_id: int, batch_si
 def distinct_prompts(rows: list[dict], longest: int) -> list[tuple]:
     """(prompt as read, its token ids) of each distinct prompt of at most so many tokens."""
     short = [row for row in rows if len(row["prompt"]) <= longest]
-    return list({json.dumps(row["texts"][0]): (row["texts"][0], row["prompt"]) for row in short}.values())
+    return list({json.dumps(row["texts"][0], default=str): (row["texts"][0], row["prompt"]) for row in short}.values())
 
 
 def evaluate_samples(
@@ -130,7 +130,7 @@ def kl_to_reference(policy, ref, prompts, completions, pad_id: int, best_of: int
 
 def three_of(answers: list[tuple]) -> list[list]:
     """[prompt, answer] of three prompts, for the end table."""
-    first = {json.dumps(prompt): [prompt, text.strip()] for prompt, text in reversed(answers)}
+    first = {json.dumps(prompt, default=str): [prompt, text.strip()] for prompt, text in reversed(answers)}
     return [first[key] for key in sorted(first)[:: max(1, len(first) // 3)][:3]]
 
 

@@ -46,7 +46,7 @@ def is_unicode(value: object) -> bool:
 
 def names_of(row: dict) -> str:
     """The fields of a row, for a message."""
-    return ", ".join(map(str, row)) or "none"
+    return " ".join(", ".join(map(str, row)).split()) or "none"  # a name may hold line breaks
 
 
 def pair_of_row(where: str, row: dict) -> tuple[tuple | None, str | None]:

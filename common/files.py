@@ -9,6 +9,7 @@ import math
 import os
 import sys
 import zlib
+from collections import Counter
 from pathlib import Path
 
 from common import InputError, first_line
@@ -70,7 +71,15 @@ def read_rows(source: str) -> list[tuple[str, dict]]:
     for where, row in rows:
         if not isinstance(row, dict):
             raise InputError(f"{where}: expected an object with named fields, found {type(row).__name__}.")
+        if is_deep(row):
+            raise InputError(f"{where}: lists or objects stand in one another more than 100 deep.")
     return rows
+
+
+def is_deep(value, limit: int = 100) -> bool:
+    """Whether lists and objects stand in one another so deep that json could not write them."""
+    inner = value.values() if isinstance(value, dict) else value
+    return limit < 0 or any(is_deep(v, limit - 1) for v in inner if isinstance(v, (dict, list)))
 
 
 def decode_text(source: str, content: bytes) -> str:
@@ -108,9 +117,9 @@ def read_csv(source: str, text: str) -> list[tuple[str, dict]]:
     except csv.Error as error:  # in the line after the last good row
         raise InputError(f"{source}, line {reader.line_num + 1}: not valid CSV ({error}).") from None
     names = reader.fieldnames or []
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f'{source}, line 1: the header has the field "{name}" twice.')
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise InputError(f"{source}, line 1: the header has the field {json.dumps(name)} twice.")
     for where, row in rows:
         if None in row:
             raise InputError(f"{where}: more values than the header has names ({len(row) - 1}).")
@@ -121,9 +130,8 @@ def unique_fields(pairs: list[tuple[str, object]]) -> dict:
     """A JSON object; ValueError where a field comes twice: json would silently take the last."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f'the field "{twice}" comes twice in one object')
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"the field {json.dumps(name)} comes twice in one object")
     return fields
 
 
@@ -173,30 +181,24 @@ def check_hub_id(name: str, kind: str, flag: str = "") -> None:
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
-    flag = flag or ("--model" if kind == "model" else "--data")
+    missing = f"{flag or {'model': '--model', 'dataset': '--data'}[kind]} {name}: no such file or folder"
     try:
         huggingface_hub.utils.validate_repo_id(name)
     except HFValidationError:
-        raise InputError(f"{flag} {name}: no such file or folder, and not the form of a hub id.") from None
+        raise InputError(f"{missing}, and not the form of a hub id.") from None
     with contextlib.suppress(Exception):
         if os.environ.get("HF_HUB_OFFLINE") not in {"1", "true", "TRUE", "True", "ON", "YES", "yes"}:
             try:
                 huggingface_hub.HfApi().repo_info(name, repo_type=kind, timeout=5)
                 return
             except RepositoryNotFoundError:
-                raise InputError(
-                    f"{flag} {name}: no such {kind} on the hub, or it is private, and no such file or folder here."
-                ) from None
+                raise InputError(f"{missing} here, and no such {kind} on the hub, or it is private.") from None
     try:
         huggingface_hub.snapshot_download(name, repo_type=kind, local_files_only=True)
-        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = (
-            "1"  # cached: use that copy, do not retry the hub
-        )
+        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # the cached copy, no retries
         huggingface_hub.constants.HF_HUB_OFFLINE = True
     except Exception:
-        raise InputError(
-            f"{flag} {name}: no such file or folder here, and the hub cannot be reached for a {kind} of that name."
-        ) from None
+        raise InputError(f"{missing} here, and the hub cannot be reached for a {kind} of that name.") from None
 
 
 def read_hub(name: str) -> dict[str, list[tuple[str, dict]]]:
@@ -218,28 +220,32 @@ def read_hub(name: str) -> dict[str, list[tuple[str, dict]]]:
         raise InputError(f"--data {name}: the data set cannot be loaded ({first_line(error)}).") from None
     if "train" not in loaded:
         raise InputError(f"--data {name}: no train split (found {', '.join(loaded)}).")
-    names = {"train": "train", "test": next((s for s in ("test", "validation") if s in loaded), None)}
+    names = {"train": "train", "test": "test" if "test" in loaded else "validation"}
     splits = {}
     for split, hub_name in names.items():
-        if hub_name:
+        if hub_name in loaded:
             splits[split] = [(f"{name}, {hub_name} row {i}", row) for i, row in enumerate(loaded[hub_name], 1)]
     return splits
 
 
 def plain(value):
-    """Numbers fit for JSON: nan and infinities become None."""
+    """A value fit for JSON: nan and infinities become None, times and bytes become text."""
     if isinstance(value, dict):
         return {k: plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(v) for v in value]
+    if isinstance(value, bytes) or type(value).__module__ in {"datetime", "decimal"}:
+        return str(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: Path, flag: str = "", expected: str = "expected JSON"):
-    """The JSON value of a file; InputError where it cannot be read."""
+    """The JSON object of a file; InputError where it cannot be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        if isinstance(value := json.loads(path.read_text(encoding="utf-8")), dict):
+            return value
+        raise ValueError("it holds no object")
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{flag}{path} cannot be read ({first_line(error)}); {expected}.") from None
 
 

@@ -15,6 +15,7 @@ import signal
 import sys
 import tempfile
 import time
+import typing
 from pathlib import Path
 
 import safetensors.torch
@@ -22,7 +23,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from common import InputError, checkpoints, first_line
+from common import InputError, checkpoints, files, first_line
 from common.batches import micro_batches, row_length
 from common.files import append_json_line, plain, read_json, write_json, write_text
 from common.generate import is_tiny
@@ -32,6 +33,7 @@ from report import curves, facts
 from report.table import print_end_table
 from report.trackers import tracker
 
+DISK_FULL = ("No space left", "quota exceeded", "File too large", "Read-only file system")
 COUNT = (lambda v: v >= 1, "at least 1")
 POSITIVE = (lambda v: 0 < v < math.inf, "a positive number")
 NOT_NEGATIVE = (lambda v: 0 <= v < math.inf, "at least 0")
@@ -68,8 +70,8 @@ def start_run(args, script: str):
         if hasattr(args, name) and not holds(getattr(args, name)):
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {expected}.")
     refuse_read_only(Path(args.output_dir))
-    sys.excepthook = one_line_for_ctrl_c
     run = Run(args, script)
+    sys.excepthook = run.explain
     numbers = f"{str(run.dtype).removeprefix('torch.')}, learning rate {args.lr:g}"
     print0(f"{Path(script).name}: model {args.model}, data {args.data or args.task}, {run.device}, {numbers}.")
     return run, args
@@ -93,15 +95,6 @@ def refuse_read_only(folder: Path) -> None:
         raise InputError(f"--output-dir: nothing can be written in {folder} ({first_line(error)}).") from None
 
 
-def one_line_for_ctrl_c(kind, error, trace) -> None:
-    """Ctrl-C outside of the training loop ends a run with a sentence; every other error is shown
-    whole."""
-    if issubclass(kind, KeyboardInterrupt):
-        print("\nInterrupted. What was saved is kept; --resume goes on with a run that has a folder.", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
-
-
 def free_name(args, script: str) -> str:
     """A name for a new run that no folder has yet, the same on every process."""
     stem = f"{script}-{Path(args.model).name}-seed{args.seed}"
@@ -119,16 +112,25 @@ def resumed_arguments(args, script: str):
         raise InputError(f"--resume {folder}: that run is finished; nothing is left to do.")
     fields = {field.name: field for field in dataclasses.fields(args) if field.name != "resume"}
     saved.pop("resume", None)
-    if odd := sorted(fields.keys() ^ saved.keys()):
-        raise InputError(
-            f"--resume {folder}: args.json and {script} do not have the same arguments ({', '.join(odd)})."
-        )
+    if odd := ", ".join(sorted(fields.keys() ^ saved.keys())):
+        raise InputError(f"--resume {folder}: args.json and {script} do not have the same arguments ({odd}).")
+    kinds = typing.get_type_hints(type(args))
     for name, field in fields.items():
+        if saved[name] is None and kinds[name] is float:
+            saved[name] = math.inf  # which JSON does not have
+        if not fits(saved[name], kinds[name]):
+            raise InputError(f"--resume {folder}: args.json has {saved[name]!r} for {name}, which it cannot be.")
         given, flag = getattr(args, name), "--" + name.replace("_", "-")
         on_line = any(word.split("=")[0] in {flag, flag.replace("--", "--no-")} for word in sys.argv[1:])
         if given != saved[name] and (on_line or given != field.default):
             raise InputError(f"--resume {folder}: {flag} is {saved[name]} in that run and cannot become {given}.")
     return dataclasses.replace(args, **saved)
+
+
+def fits(value, kind) -> bool:
+    """Whether a value of args.json is of the type of its field."""
+    kinds = typing.get_args(kind) or (kind,)  # of a union the types, of a Literal the values
+    return value in kinds or type(value) in kinds or (float in kinds and type(value) is int)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
@@ -173,7 +175,7 @@ class Run:
             again = f"go on with it: --resume {self.folder}"
             raise InputError(f"{self.folder}: this run exists already; choose another --name, or {again}")
         if self.checkpoint:
-            state = read_json(self.checkpoint / "state.json", "", "expected what the run wrote there")
+            state = checkpoints.read_state(self.checkpoint)
             self.step, self.seconds, self.tokens = state["step"], state["seconds"], state["tokens"]
             self._window = state["window"]
             print0(f"Going on with {self.folder} after step {self.step}.")
@@ -199,6 +201,17 @@ class Run:
             model.base_model.compile(dynamic=dynamic)
         return shard(model) if world_size() > 1 else model
 
+    def explain(self, kind, error, trace) -> None:
+        """For Python to call at the end: one sentence where the disk is full, and for Ctrl-C
+        outside of the training loop; every other error is shown whole."""
+        is_full = any(words in str(error) for words in DISK_FULL)
+        if is_full or kind is KeyboardInterrupt:
+            what = f"{self.folder} cannot be written ({first_line(error)})" if is_full else "Interrupted"
+            again = f"--resume {self.folder}" if self.folder.exists() else f"--name {self._args.name}"
+            print(f"\n{what}. {self._kept()}; go on with: python {self.script.name} {again}", file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, error, trace)
+
     def _make_folder(self) -> None:
         """Makes the run's folder once model and data were found to be good, so that a wrong path
         leaves nothing behind.
@@ -219,9 +232,8 @@ class Run:
 
         Recomputed in other batches it would differ in the last digits. Random numbers are left as
         they were."""
-        self._make_folder()
         path = self.folder / f"{name}.safetensors"
-        if self._args.resume and path.exists():
+        if self._is_cached(path):
             return checkpoints.load_tensors(path)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             tensors = compute()
@@ -232,17 +244,22 @@ class Run:
         return tensors
 
     def cached_json(self, name: str, compute):
-        """The same for a JSON value."""
-        self._make_folder()
+        """The same for a JSON object."""
         path = self.folder / f"{name}.json"
-        if self._args.resume and path.exists():
-            return read_json(
-                path, f"--resume {self.folder}: ", "expected what the run wrote there; remove it to compute it again"
-            )
+        if self._is_cached(path):
+            return read_json(path, "", checkpoints.AGAIN)
         value = compute()
         if is_main_process():
             write_json(path, value)
         return value
+
+    def _is_cached(self, path: Path) -> bool:
+        """Whether a resumed run has this file. After a step the model is another one, and the value
+        cannot be computed again."""
+        self._make_folder()
+        if self.checkpoint and not path.exists():
+            raise InputError(f"{path} is missing; {checkpoints.AGAIN}.")
+        return bool(self._args.resume) and path.exists()
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then linear decay to 0."""
@@ -352,11 +369,15 @@ class Run:
             if current[name] != self._sources.get(name):
                 raise InputError(f"--resume {self.folder}: the {what} are not those that the run began with.")
 
+    def _kept(self) -> str:
+        """Which checkpoint a run that ends here leaves."""
+        return f"The checkpoint {self.checkpoint} is kept" if self.checkpoint else "No checkpoint had been written yet"
+
     def refuse(self, what: str, step: int) -> None:
         """Ends the run because a number is not finite."""
-        kept = f"The checkpoint {self.checkpoint} is kept" if self.checkpoint else "No checkpoint had been written yet"
+        kept, end = self._kept(), f"the run is in {self.folder}"
         cause = "the learning rate is likely too high" if step > 1 else "the model or a row likely holds extreme values"
-        raise InputError(f"\nThe {what} of step {step} is not finite: {cause}. {kept}; the run is in {self.folder}.")
+        raise InputError(f"\nThe {what} of step {step} is not finite: {cause}. {kept}; {end}.")
 
     def log(self, split: str, metrics: dict) -> None:
         """One line of metrics.jsonl, and of the tracker where there is one."""
@@ -374,8 +395,14 @@ class Run:
         """Lines after the checkpoint will be written again."""
         path = self.folder / "metrics.jsonl"
         if path.exists():
-            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-            write_text(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= self.step))
+            *lines, _ = files.decode_text(str(path), path.read_bytes()).split("\n")  # a kill may have cut the last one
+            kept = []
+            for number, line in enumerate(lines, 1):
+                metrics = files.parse_line(str(path), number, line)
+                if not isinstance(metrics, dict) or not isinstance(metrics.get("step"), int):
+                    raise InputError(f"{path}, line {number}: not a line of metrics; remove it to go on.")
+                kept += [line + "\n"] * (metrics["step"] <= self.step)
+            write_text(path, "".join(kept))
 
     def _passes(self, function, batch_of, rows: list):
         """(numbers of rows, weight, function(batch)) over all rows, similar lengths together."""

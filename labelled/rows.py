@@ -4,7 +4,6 @@ of a run.
 
 import bisect
 import functools
-import math
 import re
 import statistics
 
@@ -15,7 +14,7 @@ from common.fields import is_messages, is_unicode, names_of, pair_of_row
 from common.processes import print0
 from toy import base
 
-NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 
 
 def number_of(value: object, from_text: bool) -> float | None:
@@ -34,7 +33,7 @@ def number_of(value: object, from_text: bool) -> float | None:
         value = float(value)
     except OverflowError:  # an integer of hundreds of digits
         return None
-    return value if math.isfinite(value) else None
+    return value if abs(value) < 3e38 else None  # neither nan nor more than a float32 holds
 
 
 def labelled_of_row(where: str, row: dict, unlabelled: bool = False) -> tuple[tuple | None, str | None]:

@@ -45,7 +45,7 @@ def load_prompts(
     texts, digest = read_splits(data, eval_data, holdout, seed, base.prompts, prompt_of_row)
     splits = {}
     for name, (rows, dropped) in texts.items():
-        distinct = list({json.dumps(row): row for row in rows}.values())
+        distinct = list({json.dumps(row, default=str): row for row in rows}.values())
         dropped["the prompt comes again"] += len(rows) - len(distinct)
         splits[name] = encode_rows(tokenizer, distinct, max_length - max_new_tokens, +dropped, answers=0)
     describe_splits(splits, data, eval_data, say)

@@ -24,6 +24,11 @@ from tests import models, runs  # noqa: E402
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser) -> None:
+    """`--fuzz 10000`: so many generated files of each format, other ones each time."""
+    parser.addoption("--fuzz", type=int, default=0, help="generated files of each format in tests/test_fuzz.py")
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The repository's folder, where scripts are run from."""

@@ -1,6 +1,7 @@
 """Rows in, batches out: formats, text to tokens, bad input, the order of training, collation."""
 
 import csv
+import datetime
 import gzip
 import io
 import json
@@ -431,6 +432,40 @@ def test_unreadable_files_stop_with_file_and_line(tmp_path, name, content, words
     for word in [name, *words]:
         assert word in caught.value.code, caught.value.code
     assert "\n" not in caught.value.code
+
+
+def test_a_column_that_comes_twice_in_parquet_is_refused(tmp_path):
+    """A row would keep the last one alone."""
+    import pyarrow
+    from pyarrow import parquet
+
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pyarrow.table([["a"], ["b"]], names=["prompt", "prompt"]), path)
+    with pytest.raises(InputError, match=r"rows\.parquet: .*Multiple matches.*prompt"):
+        files.read_rows(str(path))
+
+
+def test_messages_may_hold_times(tmp_path, chat):
+    """As chat logs in parquet do: they are compared, split by prompt and written like others."""
+    import pyarrow
+    from pyarrow import parquet
+
+    at = datetime.datetime(2024, 2, 29)
+    row = {"prompt": [user("a") | {"at": at}], "chosen": [assistant("b")], "rejected": [assistant("c")]}
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist([row]), path)
+    splits, _ = load(path, chat)
+    assert len(splits["train"]) == 1
+    assert files.plain({"at": at, "raw": b"x"}) == {"at": str(at), "raw": "b'x'"}
+
+
+@pytest.mark.parametrize("depth", [150, 950, 100_000])
+def test_lists_without_end_are_refused(depth, tmp_path):
+    deep = "[" * depth + "]" * depth
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a"}\n{"prompt": ' + deep + "}\n")
+    with pytest.raises(InputError, match=r"rows\.jsonl, line 2"):
+        files.read_rows(str(path))
 
 
 def test_large_answers_fit_into_csv(tmp_path):

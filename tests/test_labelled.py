@@ -124,6 +124,21 @@ def test_labels_of_csv_files_are_read_as_numbers(tmp_path, plain):
     assert splits["train"].dropped == Counter({"the label is not a finite number": 1})
 
 
+def test_numbers_that_are_no_labels(tmp_path):
+    """Among them what a float32 cannot hold, and digits that a careless pattern reads for hours."""
+    for text in ("1_000", "1e39", "-1e39", "nan", "inf", "1e400", "", "1" * 100_000 + "x"):
+        assert labelled_rows.number_of(text, from_text=True) is None, text[:20]
+    for value in (float("nan"), float("inf"), 1.7e308, 10**400, "1", None, [1]):
+        assert labelled_rows.number_of(value, from_text=False) is None
+    assert [labelled_rows.number_of(text, from_text=True) for text in ("1.", ".5", "-2e3", "+1.5", " True ")] == [
+        1,
+        0.5,
+        -2e3,
+        1.5,
+        1,
+    ]
+
+
 def test_the_kind_of_labels_comes_from_the_data_or_the_flag(tmp_path, plain):
     def file(name, labels):
         return lines_file(

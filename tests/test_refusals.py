@@ -352,8 +352,9 @@ def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path, pairs13, tiny_ll
     assert (tmp_path / "run" / "summary.json").exists()
 
 
-def test_ctrl_c_outside_of_the_loop_is_one_sentence():
-    program = "import sys\nfrom common import run\nsys.excepthook = run.one_line_for_ctrl_c\nraise KeyboardInterrupt"
+def test_ctrl_c_outside_of_the_loop_is_one_sentence(tmp_path):
+    program = "import dpo\nfrom common.run import start_run\n"
+    program += f"start_run(dpo.Args(output_dir={str(tmp_path)!r}), 'dpo.py')\nraise KeyboardInterrupt"
     done = start_process(["-c", program])
     assert done.returncode != 0
     assert "Traceback" not in done.stderr

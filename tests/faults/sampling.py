@@ -48,7 +48,7 @@ REWARDS = [
     Mutant(
         "half by position",
         ("reward_model.py",),
-        "json.dumps(prompt or answer)",
+        "json.dumps(prompt or answer, default=str)",
         "json.dumps(i)",
         REWARD + "test_halves_are_disjoint_and_together_all",
     ),
