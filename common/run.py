@@ -451,7 +451,7 @@ class Run:
     def save_model(self, model, tokenizer) -> None:
         """The trained model in the run's folder."""
         if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
-            self.refuse("weights after the end", self.step)
+            self.refuse("model after the end", self.step)
         checkpoints.save_model(model, tokenizer, self.folder)
 
     def restore(self, model, optimizer) -> None:
