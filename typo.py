@@ -304,14 +304,14 @@ def main(args: Args) -> None:
     predict_logps = partial(run.predict, logps_of, batch_of)  # rows -> [rows, 2]
     if args.ref_term == "samples" and args.lam > 0:
         # The reference's weights are kept while training; its answers become a column of the rows.
-        anchor = run.prepare(models.load_model(ref_folder, run.device, tokenizer))
+        ref_model = run.prepare(models.load_model(ref_folder, run.device, tokenizer))
         shape = {"max_new_tokens": args.max_new_tokens, "seed": args.seed, "autocast": run.autocast}
-        sampled = partial(evaluate.sample_rows, anchor, tokenizer, n=args.ref_samples, **shape)
+        sampled = partial(evaluate.sample_rows, ref_model, tokenizer, n=args.ref_samples, **shape)
         ref_samples = run.cached_json("ref_samples", lambda: {name: sampled(rows) for name, rows in splits.items()})
         for name, rows in splits.items():
             for row, answers in zip(rows, ref_samples[name], strict=True):
                 row["ref_samples"] = answers
-        ref_logits_of = models.bind_forward(anchor, completion_logits)
+        ref_logits_of = models.bind_forward(ref_model, completion_logits)
         batch_of = partial(with_ref_sample, collate=batch_of, ref_logits_of=ref_logits_of)
 
     def predict(rows) -> tuple[torch.Tensor, torch.Tensor]:

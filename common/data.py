@@ -1,9 +1,8 @@
-"""Rows to token ids, and the splits of a run.
+"""Rows to token ids, and the splits of a run; docs/data.md tells users the conventions.
 
-The conventions (docs/data.md tells them to users): text to tokens is the tokenizer's own reading of
-`prompt + completion` with nothing put between; the prompt's tokens are the same in all answers of a
-row; one EOS ends an answer that was not cut; a row whose value cannot be used is dropped and
-counted; a file that cannot be read stops the run with file, line and field.
+Text to tokens is the tokenizer's own reading of `prompt + completion`; the prompt's tokens are the
+same in all answers of a row; one EOS ends an answer that was not cut; rows that cannot be used are
+dropped and counted; a file that cannot be read stops the run with file, line and field.
 """
 
 import hashlib

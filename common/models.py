@@ -11,6 +11,7 @@ from common import InputError, first_line
 from common.files import check_hub_id
 
 UNLIMITED = 1 << 30  # positions, where a configuration names no limit
+PINNED: dict[str, str | None] = {}  # hub id -> the revision that a resumed run began with
 
 
 def resolve_model(name: str, seed: int = 0, flag: str = "--model") -> str:
@@ -32,7 +33,7 @@ def resolve_model(name: str, seed: int = 0, flag: str = "--model") -> str:
     if files and not any(file.rfilename.endswith(".safetensors") for file in files):
         weights = ["*.bin"]
     wanted = {"allow_patterns": ["*.json", "*.txt", "*.model", "*.jinja", *weights], "ignore_patterns": ["*/*"]}
-    return huggingface_hub.snapshot_download(name, **wanted, local_files_only=offline)
+    return huggingface_hub.snapshot_download(name, revision=PINNED.get(name), **wanted, local_files_only=offline)
 
 
 def load_tokenizer(folder: str):

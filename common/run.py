@@ -27,7 +27,7 @@ from common import InputError, checkpoints, files, first_line
 from common.batches import micro_batches, row_length
 from common.files import append_json_line, plain, read_json, write_json, write_text
 from common.generate import is_tiny
-from common.models import full_tensor, shard
+from common.models import PINNED, full_tensor, shard
 from common.processes import gather, is_main_process, print0, rank, sum_over_processes, wait_for_all, world_size
 from report import curves, facts
 from report.table import print_end_table
@@ -112,6 +112,7 @@ def resumed_arguments(args, script: str):
         raise InputError(f"--resume {folder}: that run is finished; nothing is left to do.")
     fields = {field.name: field for field in dataclasses.fields(args) if field.name != "resume"}
     saved.pop("resume", None)
+    PINNED[saved.get("model")] = saved.pop("model_revision", None)
     if odd := ", ".join(sorted(fields.keys() ^ saved.keys())):
         raise InputError(f"--resume {folder}: args.json and {script} do not have the same arguments ({odd}).")
     kinds = typing.get_type_hints(type(args))
@@ -169,7 +170,7 @@ class Run:
         self.stopping, self._signal, self._started = 0, 0, 0.0
         self._pending: list[dict] = []  # steps whose metrics are still on the device
         self._window: list[dict] = []  # the last --log-every steps read from it
-        self._track = None
+        self._track, self._sources = None, {}
         self.checkpoint = checkpoints.newest(self.folder) if args.resume else None
         if not args.resume and is_main_process() and self.folder.exists() and any(self.folder.iterdir()):
             again = f"go on with it: --resume {self.folder}"
@@ -222,7 +223,8 @@ class Run:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
             shutil.copyfile(self.script, aside / "script.py")
-            write_json(aside / "args.json", {"script": self.script.name, **dataclasses.asdict(self._args)})
+            about = {"script": self.script.name, "model_revision": self._sources.get("model_revision")}
+            write_json(aside / "args.json", about | dataclasses.asdict(self._args))
             os.replace(aside, self.folder)
         wait_for_all()
         self._track = self._track or tracker(self._args.track, self.folder, dataclasses.asdict(self._args))
@@ -363,7 +365,7 @@ class Run:
     def pin_sources(self, model_folder: str, data_sha256: str) -> None:
         """Keeps hashes of what the run reads; on --resume InputError where weights or rows are
         others now."""
-        current = facts.sources(model_folder, data_sha256)
+        self._sources = current = facts.sources(model_folder, data_sha256)
         self._sources = self.cached_json("sources", lambda: current)
         for name, what in (("data_sha256", "rows of the data"), ("model_sha256", "weights of the model")):
             if current[name] != self._sources.get(name):

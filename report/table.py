@@ -55,7 +55,8 @@ def print_end_table(columns: dict[str, dict], folder: Path, speed: float | None)
     """
     splits = next(iter(columns.values())).keys()
     trained = "On the questions trained for" if "unseen" in splits else "On held-out rows"
-    width = max(17, *(len(name) + 2 for name in columns))
+    words = [cell(metrics, name) for column in columns.values() for metrics in column.values() for name in METRICS]
+    width = max(17, *(len(word) + 2 for word in [*columns, *words]))
     heads = "".join(f"{name.replace('_', ' '):>{width}}" for name in columns)
     for split in splits:
         states = [column[split] for column in columns.values()]

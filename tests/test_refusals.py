@@ -216,6 +216,38 @@ def test_what_a_kill_leaves_of_a_folder_is_in_nobodys_way(tmp_path, pairs13, tin
     assert not (tmp_path / ".run.part").exists()
 
 
+def test_a_resumed_run_takes_the_revision_of_the_hub_that_it_began_with(tmp_path, pairs13, tiny_llama, monkeypatch):
+    """A cache of the hub with two revisions, "main" moving on from the first to the second."""
+    hub, ref = tmp_path / "hub", tmp_path / "hub" / "models--some--model" / "refs" / "main"
+    revisions = ["1" * 40, "2" * 40]
+    for revision in revisions:
+        shutil.copytree(tiny_llama, ref.parent.parent / "snapshots" / revision)
+    change_weights(ref.parent.parent / "snapshots" / revisions[1], lambda weights: weights["model.norm.weight"].mul_(2))
+    ref.parent.mkdir()
+    ref.write_text(revisions[0])
+    import huggingface_hub
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    download = huggingface_hub.snapshot_download
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, **given: download(name, cache_dir=hub, **given)
+    )
+    cut_short(tmp_path / "run", monkeypatch, model="some/model", data=pairs13)
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["model_revision"] == revisions[0]
+    ref.write_text(revisions[1])
+    folder = resume("dpo", tmp_path / "run")
+    assert json.loads((folder / "summary.json").read_text())["model_revision"] == revisions[0]
+    model_loading.PINNED.clear()
+
+
+def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(InputError, match="XDG_CACHE_HOME names another folder"):
+        base.base_model(0)
+
+
 @pytest.mark.parametrize("name", ["answers.json", "model.safetensors"])
 def test_a_world_that_lost_a_file_is_made_whole(name, tmp_path, toy_base, monkeypatch):
     folder = Path(shutil.copytree(toy_base, tmp_path / "world"))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from common import InputError
+from common import InputError, first_line
 from common.generate import decode_completion, is_tiny, sample
 from common.metrics import auc
 from toy.world import (
@@ -52,8 +52,12 @@ def base_model(seed: int = 0) -> Path:
     The folder is made aside and renamed, so that two runs starting together do no harm."""
     folder = cache_folder(seed)
     if not all((folder / name).exists() for name in FILES):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(dir=folder.parent))
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            aside = Path(tempfile.mkdtemp(dir=folder.parent))
+        except OSError as error:
+            cause = f"cannot be written ({first_line(error)}); XDG_CACHE_HOME names another folder"
+            raise InputError(f"The toy's base model is kept in {folder.parent}, which {cause}.") from None
         threads = torch.get_num_threads()
         torch.set_num_threads(
             1
