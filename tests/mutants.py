@@ -103,7 +103,8 @@ def forget_the_project() -> None:
     """Removes this tree from what Python has imported and from where it looks."""
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
-        if name != "__main__" and file and Path(file).is_relative_to(ROOT):
+        ours = file and Path(file).is_relative_to(ROOT) and not Path(file).is_relative_to(sys.prefix)
+        if name != "__main__" and ours:  # an environment may lie inside the tree
             del sys.modules[name]
     sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != ROOT]
     importlib.invalidate_caches()
