@@ -120,8 +120,8 @@ TABLE = [
         "resume without optimiser state",
         (CHECKPOINTS,),
         "options=StateDictOptions(full_state_dict=True))\n",
-        "options=StateDictOptions(full_state_dict=True))\n    for values in optimizer.state.values():\n"
-        '        values["exp_avg"].zero_()\n',
+        "options=StateDictOptions(full_state_dict=True))\n        for values in optimizer.state.values():\n"
+        '            values["exp_avg"].zero_()\n',
         TRAINING_TEST + "test_a_killed_run_resumes_bit_for_bit[dpo]",
     ),
     Mutant(

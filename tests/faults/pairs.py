@@ -400,7 +400,7 @@ TABLE = [
     Mutant(
         "typo: the policy is its own reference",
         ("typo.py",),
-        "models.bind_forward(anchor, completion_logits)",
+        "models.bind_forward(ref_model, completion_logits)",
         "models.bind_forward(model, completion_logits)",
         TYPO_TEST + "test_the_reference_of_a_run_is_what_training_began_with",
     ),
