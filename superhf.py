@@ -485,12 +485,13 @@ def main(args: Args) -> None:
     before = run.cached_json("before", lambda: report(splits, samples_of, None))
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     run.restore(model, optimizer)
+    first_seed = 1_000_003 * args.seed + rank()  # of sampling, on this process
 
     for step, rows_of_step in run.steps(plan):
         for group in optimizer.param_groups:
             group["lr"] = run.learning_rate(step)
         # Each process samples for its share of the prompts, with random numbers of this step alone.
-        sample_step = partial(sample, seed=1_000_003 * args.seed + 1009 * step + rank())
+        sample_step = partial(sample, seed=first_seed + 1009 * step)
         how = (tokenizer, sample_step, generate.text_after, rewards["reward"], seconds)
         groups = gather(rollout(shard_items(rows_of_step), args.completions, *how))[: len(rows_of_step)]
         kept = best_completions(groups, args.top_k)

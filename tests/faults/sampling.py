@@ -118,8 +118,8 @@ SAMPLED = [
     Mutant(
         "the same random numbers at every step",
         BOTH,
-        "1009 * step + rank()",
-        "rank()",
+        "first_seed + 1009 * step",
+        "first_seed",
         SUPERHF + "test_sampling_is_asked_for_in_full",
     ),
     Mutant(
