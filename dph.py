@@ -263,7 +263,7 @@ class Args:
     head_dropout: float = 0.0
     """Dropout probability on the hidden state that goes into the head."""
     prior_decay: float = 0.0
-    """Each step moves the LM's matrices back by lr * prior_decay; the authors have 0.1."""
+    """Each step moves the LM's matrices back by lr * prior_decay; 0, as the authors: never."""
     n: int = 8
     """Answers sampled for each prompt at the end, of which the head picks the best."""
 

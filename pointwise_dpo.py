@@ -318,6 +318,10 @@ class Args:
     def __post_init__(self) -> None:
         if not 0 < self.partition_lr < float("inf"):
             raise SystemExit(f"--partition-lr {self.partition_lr}: expected a positive number.")
+        if self.learn_partition and self.beta_log_z:
+            raise SystemExit(
+                "--beta-log-z is a constant, --learn-partition learns one for each prompt: give one of them."
+            )
         if not abs(self.beta_log_z) < float("inf"):
             raise SystemExit(f"--beta-log-z {self.beta_log_z}: expected a finite number.")
         for name in ("positive_weight", "negative_weight"):
@@ -341,7 +345,8 @@ def main(args: Args) -> None:
     model = models.load_model(run.checkpoint or ref_folder, run.device, tokenizer)
     if args.learn_partition:
         names = [f"partition.{name}" for name in ("weight", "bias", "centre", "spread")]
-        add_partition(model, models.load_weights(run.checkpoint or ref_folder, *names))
+        # A run as --model is a new reference, whose beta log Z is learned anew.
+        add_partition(model, models.load_weights(run.checkpoint, *names) if run.checkpoint else {})
     run.prepare(model.train())
     logps_of = models.bind_forward(model, completion_logps)
 

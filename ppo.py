@@ -554,7 +554,7 @@ def main(args: Args) -> None:
     shared = (args.data, run.device, run.autocast)
     rewards = load_rewards(args.reward, args.test_reward, load_reward, shared)
     weights_folder = run.checkpoint or ref_folder
-    value_head = models.load_weights(weights_folder, "value.weight") | models.load_weights(weights_folder, "value.bias")
+    value_head = models.load_weights(weights_folder, "value.weight", "value.bias")
     model = add_critic(models.load_model(weights_folder, run.device, tokenizer), value_head)
     run.prepare(model.train())
     ref_model = run.prepare(models.load_model(ref_folder, run.device, tokenizer).eval().requires_grad_(False))
@@ -573,9 +573,9 @@ def main(args: Args) -> None:
     splits["train"], plan = batches.planned_rows(splits["train"], plan)
     pad_id = tokenizer.pad_token_id
     layout = oracle.choose_layout(logps_of, model, longest, pad_id, run.device, share_prompt=False)
-    run.pin_sources(ref_folder, data_sha256)
     if layout == "model_head":
         raise SystemExit(f"--model {args.model}: its output layer scales or caps logits, which ppo.py does not do.")
+    run.pin_sources(ref_folder, data_sha256)
     batch_of = partial(batches.collate, pad_id=pad_id, layout=layout, device=run.device)
     names = "; test reward: ".join(filter(None, [args.reward, args.test_reward]))
     print0(f"Reward: {names}. METEOR: {meteor_form() or 'needs nltk'}.")

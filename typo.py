@@ -202,7 +202,7 @@ class Args:
     lam: float = 0.3
     """lambda: weight of KL(ref || pi) in nats per answer; 0: preferences only."""
     ref_samples: int = 1
-    """Answers of the reference to each row's prompt, sampled before training."""
+    """Answers of the reference to each prompt, --max-new-tokens long at most, sampled before."""
     ref_term: Literal["samples", "pairs"] = "samples"
     """pairs: the pairs' own likelihood instead; valid only if the reference sampled them all."""
 

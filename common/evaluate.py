@@ -149,7 +149,8 @@ def sample_rows(model, tokenizer, rows: list[dict], n: int, max_new_tokens: int,
 def score_candidates(rewards, prompts, groups: list[list[list[int]]], pad_id: int, autocast) -> torch.Tensor:
     """Rewards of sampled answers, [prompts, n], each in a line of its own."""
     rows = [{"prompt": prompt, "completions": group} for prompt, group in zip(prompts, groups)]
-    size = 64 if len(groups[0]) * row_length(rows[0]) < 4096 else 4
+    longest = max(gather([len(groups[0]) * max(map(row_length, rows))]))  # the same on every process
+    size = 64 if longest < 4096 else 4
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parts = []
     for start in range(0, len(rows), size):

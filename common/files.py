@@ -173,11 +173,7 @@ def parse_line(source: str, number: int, line: str) -> object:
 
 
 def check_hub_id(name: str, kind: str, flag: str = "") -> None:
-    """Raises InputError at once where a hub id neither exists nor is in the local cache; prints
-    nothing.
-
-    One request with a short limit, instead of the libraries' half a minute of retries. `kind` is
-    "model" or "dataset"."""
+    """Raises InputError at once where a hub id (kind: model or dataset) is not to be had."""
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 

@@ -7,6 +7,7 @@ Deliberately plain: two lines per pair, full logits, float32, nothing gathered a
 import torch
 
 from common import InputError, batches
+from common.processes import print0
 
 
 @torch.no_grad()
@@ -99,7 +100,7 @@ def sees_the_future(model, ids: list[int]) -> bool:
 
 
 @torch.no_grad()
-def choose_layout(logps_of, model, splits: dict, pad_id: int, device, share_prompt: bool, say=print) -> str:
+def choose_layout(logps_of, model, splits: dict, pad_id: int, device, share_prompt: bool, say=print0) -> str:
     """The fastest layout of `collate` whose log-probabilities agree with the plain ones on the
     longest rows.
 

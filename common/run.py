@@ -208,8 +208,8 @@ class Run:
         is_full = any(words in str(error) for words in DISK_FULL)
         if is_full or kind is KeyboardInterrupt:
             what = f"{self.folder} cannot be written ({first_line(error)})" if is_full else "Interrupted"
-            again = f"--resume {self.folder}" if self.folder.exists() else f"--name {self._args.name}"
-            print(f"\n{what}. {self._kept()}; go on with: python {self.script.name} {again}", file=sys.stderr)
+            again = f"python {self.script.name} --resume {self.folder}" if self.folder.exists() else "the same command"
+            print(f"\n{what}. {self._kept()}; go on with: {again}", file=sys.stderr)
         else:
             sys.__excepthook__(kind, error, trace)
 
@@ -319,7 +319,8 @@ class Run:
         lr = self.learning_rate(self.step)
         self.step += 1
         self.tokens += tokens
-        self._pending[-1] |= {"step": self.step, "count": count, "grad_norm": grad_norm.detach(), "lr": lr}
+        norm = grad_norm.detach().to(self.device)  # on the CPU where a step had no gradient
+        self._pending[-1] |= {"step": self.step, "count": count, "grad_norm": norm, "lr": lr}
         self.stopping = self._agreed_stop()
         if self.is_time_to_save() or self.is_time(self._args.log_every) or self.is_time(self._args.eval_every):
             self._read_metrics()

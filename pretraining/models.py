@@ -6,8 +6,7 @@ from pathlib import Path
 
 import torch
 
-from common import InputError, models, oracle
-from common.files import first_line
+from common import InputError, first_line, models, oracle
 from common.processes import print0
 from pretraining.chunks import choose_tokenizer
 from pretraining.corpus import Document
