@@ -229,6 +229,7 @@ def main() -> int:
         sys.exit("No mutant has that name." if not table else "Two mutants have the same name.")
     started = time.perf_counter()
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONDONTWRITEBYTECODE": "1"}
+    os.environ.pop("CI", None)  # there pytest shows whole what differs, and compares for minutes
     sys.dont_write_bytecode = True
     for name in LIBRARIES:
         importlib.import_module(name)

@@ -2,6 +2,7 @@
 in this process.
 """
 
+import hashlib
 import importlib
 import json
 import os
@@ -152,6 +153,11 @@ def lines_of(folder: Path, split: str = "train") -> list[dict]:
 def model_of(folder: Path | str):
     """The folder's causal LM in evaluation mode."""
     return model_loading.load_model(str(folder), "cpu").eval()
+
+
+def weights(folder: Path) -> str:
+    """A hash of a saved model's weights: pytest would compare bytes that differ for minutes."""
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 
 
 def assert_close_weights(a: dict, b: dict, limit: float) -> None:

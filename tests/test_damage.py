@@ -11,7 +11,7 @@ import torch
 
 from common import InputError, checkpoints
 from common.run import Run, resumed_arguments
-from tests.runs import ROOT, arguments, resume, start_process, train, write_pairs
+from tests.runs import ROOT, arguments, resume, start_process, train, weights, write_pairs
 
 SIZES = {"batch_size": 4, "micro_batch_size": 4, "epochs": 2, "save_every": 3, "log_every": 1, "holdout": 0.2}
 
@@ -50,10 +50,6 @@ def stopped(tmp_path_factory, tiny_llama):
 def run(stopped, tmp_path):
     """A copy of the killed run."""
     return shutil.copytree(stopped.run, tmp_path / "run")
-
-
-def weights(folder) -> bytes:
-    return (folder / "model.safetensors").read_bytes()
 
 
 def refused(folder) -> str:

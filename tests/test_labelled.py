@@ -19,7 +19,19 @@ from common.files import read_rows
 from common.run import Run
 from labelled import rows as labelled_rows
 from tests import models
-from tests.runs import CHAT, SHORT, lines_file, lines_of, model_of, recorded, resume, start_process, train, write_pairs
+from tests.runs import (
+    CHAT,
+    SHORT,
+    lines_file,
+    lines_of,
+    model_of,
+    recorded,
+    resume,
+    start_process,
+    train,
+    weights,
+    write_pairs,
+)
 from toy import base, world
 
 LABELLED = ["pointwise_dpo", "ulma"]
@@ -358,7 +370,7 @@ def method(script: str) -> dict:
 
 
 def assert_same_weights(a, b):
-    assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
+    assert weights(a) == weights(b)
 
 
 @pytest.mark.parametrize("script", LABELLED)

@@ -30,7 +30,7 @@ from pretraining import models as pretrained
 from report import curves
 from tests import models
 from tests.house import FAMILIES
-from tests.runs import ROOT, lines_of, model_of, start_process
+from tests.runs import ROOT, lines_of, model_of, start_process, weights
 from toy import documents as toy_documents
 from toy import world
 
@@ -256,10 +256,6 @@ def recorded(script: str, folder: Path, **changes) -> tuple[list[dict], list[dic
 def toy_splits(holdout: float) -> dict[str, list]:
     """The toy's documents, as a run of seed 0 splits them."""
     return corpus.load_corpus("toy", "", "text", "", holdout, 0, "nowhere", say=lambda sentence: None)[0]
-
-
-def weights(folder: Path) -> bytes:
-    return (folder / "model.safetensors").read_bytes()
 
 
 def numbers(line: dict) -> dict[str, float]:
