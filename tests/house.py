@@ -31,7 +31,15 @@ FAMILIES = {
 }
 OPEN, CLOSE = "# [method]", "# [/method]"
 DIFFERENT_EVERYWHERE = {"Args", "main", "compute_loss", "LOSSES"}  # names that every script has with another content
-PACKAGES = ("common", "toy", "rewards", "labelled", "report", "pretraining")  # imported by scripts inside main only
+PACKAGES = (
+    "common",
+    "toy",
+    "rewards",
+    "labelled",
+    "report",
+    "pretraining",
+    "judging",
+)  # imported by scripts inside main only
 FOLDERS = (
     *PACKAGES,
     "tests",
@@ -49,7 +57,7 @@ LAYERS = [
     ["common.files", "toy", "toy.world", "report", "report.table", "report.curves", "report.trackers"],
     ["toy.base", "toy.documents"],
     ["common.models", "common.data"],
-    ["common.checkpoints", "report.facts"],
+    ["common.checkpoints", "report.facts", "judging", "judging.scores"],
     ["common.run", "common.evaluate", "labelled", "labelled.rows", "rewards", "rewards.metrics", "rewards.models"],
     ["rewards.prompts", "pretraining", "pretraining.flops", "pretraining.scorers"],
     ["pretraining.corpus"],

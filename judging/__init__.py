@@ -1,0 +1,1 @@
+"""What is said of a model by running it on a file: scores of rows."""
