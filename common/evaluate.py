@@ -1,17 +1,9 @@
 """Judging a policy: accuracies, KL, samples and what the toy's true reward says of them; and
-`python -m common.evaluate`.
-
-    python -m common.evaluate --model runs/my-run --data pairs.jsonl --output scores.jsonl
-
-writes one line per row, in order: row, chosen_logps, rejected_logps, chosen_tokens,
-rejected_tokens, and chosen_reward, rejected_reward where the folder has a reward head (a run of
-dph.py); null values and `reason` for a row that cannot be used (judging/scores.py).
+`python -m common.evaluate`, whose command line stands in judging/command.py.
 """
 
 import json
 import math
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -21,7 +13,6 @@ from common.metrics import standard_error
 from common.models import context_length
 from common.oracle import plain_logps
 from common.processes import gather, rank, shard_items
-from judging import scores
 
 
 @torch.no_grad()
@@ -155,31 +146,7 @@ def score_candidates(rewards, prompts, groups: list[list[list[int]]], pad_id: in
     return torch.cat(parts)
 
 
-@dataclass
-class Args:
-    model: str
-    """A folder, a hub id, or toy."""
-    data: str
-    """A file of preference pairs: .jsonl .json .csv .parquet, each also with .gz."""
-    output: str = "scores.jsonl"
-    """Where the lines go; an existing file is refused."""
-    max_length: int | None = None
-    """Limit in tokens for prompt and one completion; None: the smaller of 1024 and the model's
-    context."""
-    batch_size: int = 8
-    """Sequences in one forward pass."""
-
-
-def main(args: Args) -> None:
-    """Scores every row of a file; see the module's docstring."""
-    scores.score_file(args.model, args.data, Path(args.output), args.max_length, args.batch_size)
-
-
 if __name__ == "__main__":
-    import sys
+    from judging.command import start
 
-    import tyro
-
-    if {"-h", "--help"} & set(sys.argv):
-        print(__doc__)  # tyro would join its lines
-    main(tyro.cli(Args))
+    start()

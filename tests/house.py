@@ -57,9 +57,11 @@ LAYERS = [
     ["common.files", "toy", "toy.world", "report", "report.table", "report.curves", "report.trackers"],
     ["toy.base", "toy.documents"],
     ["common.models", "common.data"],
-    ["common.checkpoints", "report.facts", "judging", "judging.scores"],
-    ["common.run", "common.evaluate", "labelled", "labelled.rows", "rewards", "rewards.metrics", "rewards.models"],
-    ["rewards.prompts", "pretraining", "pretraining.flops", "pretraining.scorers"],
+    ["common.checkpoints", "report.facts", "rewards", "rewards.prompts"],
+    ["judging", "judging.scores", "judging.answers", "judging.win_rate"],
+    ["judging.command"],
+    ["common.run", "common.evaluate", "labelled", "labelled.rows", "rewards.metrics", "rewards.models"],
+    ["pretraining", "pretraining.flops", "pretraining.scorers"],
     ["pretraining.corpus"],
     ["pretraining.chunks", "pretraining.sampling", "pretraining.diversity"],
     ["pretraining.models", "pretraining.likelihood", "pretraining.red_team"],
@@ -490,6 +492,8 @@ def check(root: Path) -> list[str]:
             if module in stems
         ]
         programs[name] = flags_of(tree)
+    if "judging.command" in modules:
+        programs["common/evaluate.py"] = programs["judging/command.py"]  # its command line
     for path in (path for folder in ("experiments", "benchmarks", "tests") for path in root.glob(f"{folder}/*.py")):
         if not path.name.startswith("test_"):
             programs[path.relative_to(root).as_posix()] = flags_of(

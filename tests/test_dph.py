@@ -11,9 +11,10 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import dph
-from common import batches, evaluate, oracle
+from common import batches, oracle
 from common import models as model_loading
 from common.run import Run
+from judging import command
 from tests import models
 from tests.runs import EXAMPLES, gpt2_like, lines_of, model_of, resume, toy_examples, train, weights
 
@@ -405,8 +406,8 @@ def test_evaluate_writes_the_heads_rewards(toy_base, tmp_path):
     ]
     rows = [dict(zip(("prompt", "chosen", "rejected"), pair)) for pair in pairs]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    evaluate.main(
-        evaluate.Args(
+    command.main(
+        command.Args(
             model=str(tmp_path / "run"), data=str(tmp_path / "rows.jsonl"), output=str(tmp_path / "scores.jsonl")
         )
     )

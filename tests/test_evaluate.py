@@ -19,6 +19,7 @@ import torch
 import dpo
 from common import InputError, batches, data, evaluate, metrics, oracle
 from common import models as model_loading
+from judging import command
 from tests import models
 
 PAD, BOS, EOS = 0, 1, 2
@@ -514,8 +515,8 @@ def test_refusals_come_before_any_work(bigram, tmp_path):
 
     def refused(**changes):
         with pytest.raises(InputError) as caught:
-            evaluate.main(
-                evaluate.Args(
+            command.main(
+                command.Args(
                     **(
                         {"model": str(bigram.folder), "data": str(path), "output": str(tmp_path / "new.jsonl")}
                         | changes
@@ -538,7 +539,7 @@ def test_refusals_come_before_any_work(bigram, tmp_path):
 def test_a_file_without_a_usable_row_gives_nulls(bigram, tmp_path, capsys):
     path, output = tmp_path / "rows.jsonl", tmp_path / "scores.jsonl"
     path.write_text('{"prompt": "p", "chosen": "a", "rejected": "a"}\n')
-    evaluate.main(evaluate.Args(model=str(bigram.folder), data=str(path), output=str(output)))
+    command.main(command.Args(model=str(bigram.folder), data=str(path), output=str(output)))
     assert read_lines(output) == [
         {
             "row": 0,
@@ -563,7 +564,7 @@ def test_a_real_model_on_real_dialogues(preference_data, tmp_path):
         rows = [json.loads(line) for line in itertools.islice(file, 40)]
     path, output = tmp_path / "hh.jsonl", tmp_path / "scores.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    evaluate.main(evaluate.Args(model=str(folder), data=str(path), output=str(output)))
+    command.main(command.Args(model=str(folder), data=str(path), output=str(output)))
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     lines, limit = read_lines(output), model.config.max_position_embeddings
     assert len(lines) == 40
