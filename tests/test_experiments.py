@@ -10,7 +10,7 @@ import pytest
 
 import dpo
 from common import InputError
-from experiments import collect, pareto, partition, policies, reward_hacking, study, toy_frontier
+from experiments import chat_model, collect, pareto, partition, policies, reward_hacking, study, toy_frontier
 from tests.runs import ROOT, start_process, write_pairs
 
 # -- runs as processes
@@ -302,3 +302,65 @@ def test_a_small_grid_goes_on_where_it_stopped(tmp_path, toy_base, name):
     process = start_process(words, timeout=200)
     assert process.returncode == 0, process.stderr
     assert study.read_lines(path) == lines
+
+
+# -- the chat model's study
+
+
+def test_the_judges_prompts_are_never_the_policies(preference_data, tmp_path):
+    args = chat_model.Args(model="m", part="pairs", rows=100, judge_rows=150, runs=str(tmp_path))
+    for name in chat_model.PAIRS:
+        file, judge_file = chat_model.split_file(args, name)
+        rows, judged = ([json.loads(line) for line in path.read_text().splitlines()] for path in (file, judge_file))
+        assert len(judged) == 150
+        assert 100 <= len(rows) < 130  # the last prompt's rows stay together
+        prompts = {json.dumps(row["prompt"]) for row in rows}
+        assert not prompts & {json.dumps(row["prompt"]) for row in judged}
+    with pytest.raises(InputError, match="leaves none to the judge"):
+        chat_model.split_file(chat_model.Args(model="m", part="pairs", rows=5000, runs=str(tmp_path)), "pandalm_votes")
+
+
+def test_of_equal_learning_rates_the_smaller_one_counts():
+    def line(lr, value, seed=0, method="dpo"):
+        return {"data": "d", "method": method, "seed": seed, "lr": lr, "after": {"reward_accuracy": value}}
+
+    lines = [line(3e-5, 0.7), line(1e-5, 0.7), line(3e-6, 0.6), line(1e-4, 0.9, seed=1), line(1e-4, 0.9, method="dph")]
+    assert chat_model.best_lr(lines, "d", "dpo", 0) == 1e-5
+
+
+@pytest.mark.slow
+def test_a_chat_models_study_in_small(preference_data, tmp_path, capsys):
+    """One method, two learning rates, one seed: lines with accuracies and win rates; nothing is
+    made twice.
+    """
+    args = chat_model.Args(
+        model=str(preference_data / "models" / "stories260K"),
+        part="pairs",
+        data=("polite_instructions",),
+        methods=("dpo",),
+        rows=30,
+        judge_rows=30,
+        lrs=(1e-4, 1e-3),
+        seeds=(0,),
+        max_length=128,
+        max_new_tokens=8,
+        answers=5,
+        runs=str(tmp_path / "runs"),
+        output=str(tmp_path / "results" / "chat_model.jsonl"),
+        extra="--max-steps 2 --batch-size 8",
+    )
+    chat_model.main(args)
+    lines = study.read_lines(tmp_path / "results" / "chat_model.jsonl")
+    assert [(line["lr"], line["seed"], line["steps"], line["answers"]) for line in lines] == [
+        (1e-4, 0, 2, 5),
+        (1e-3, 0, 2, 5),
+    ]
+    for line in lines:
+        assert 0 <= line["win_rate_equal_length"] <= 1
+        assert line["after"]["kl"] > 0
+        held_out = {json.dumps(prompt) for prompt, *_ in line["samples"]}
+        trained = (tmp_path / "runs" / "rows" / "polite_instructions.jsonl").read_text().splitlines()
+        assert held_out <= {json.dumps(json.loads(row)["prompt"]) for row in trained}
+    assert "pairs, polite_instructions" in capsys.readouterr().out
+    chat_model.main(args)
+    assert study.read_lines(tmp_path / "results" / "chat_model.jsonl") == lines
