@@ -3,6 +3,7 @@ in folders that are made once and are whole or not there.
 """
 
 import fcntl
+import mmap
 import os
 import shutil
 import tempfile
@@ -53,6 +54,14 @@ class Column:
 def mapped(path: Path, dtype) -> np.ndarray:
     """A file of numbers, mapped: only what is asked for is read."""
     return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
+
+
+def release(array: np.ndarray) -> None:
+    """Gives back the memory of what was read of a mapped file; the system may keep it as its own
+    cache. Reading random places would else map the whole file in the end.
+    """
+    if isinstance(array.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        array.base.madvise(mmap.MADV_DONTNEED)
 
 
 def read_range(file, dtype, first: int, last: int) -> np.ndarray:

@@ -5,9 +5,9 @@ Every token carries the score of its segment. Documents are joined by EOS and cu
 `context` tokens without padding.
 """
 
-import array
 import math
 import random
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import torch
 from common import InputError, models
 from common.batches import to_device
 from common.processes import print0
-from pretraining.arrays import Column
+from pretraining.arrays import Column, release
 from pretraining.documents import Documents
 from pretraining.texts import EOS
 from pretraining.tokens import Tokens, ids_of, tokens_of
@@ -102,6 +102,7 @@ class Chunks:
         self.mark_places = self.mark_ids = np.zeros(0, np.int64)
         if marks is not None:
             self.mark_places, self.mark_ids = place_marks(tokens, documents, marks)
+        self.seen = 0  # chunks since mapped memory was given back
         self.count, self.left = divmod(int(self.starts[-1]) + len(self.mark_places), context)
 
     def __len__(self) -> int:
@@ -124,7 +125,13 @@ class Chunks:
         ids[is_eos] = self.eos_id
         if is_mark.any():
             ids[is_mark] = marks[is_mark]
-        return torch.from_numpy(ids), torch.from_numpy(self.tokens.scores[token])
+        scores = self.tokens.scores[token]
+        self.seen += len(numbers)
+        if self.seen >= 512:
+            self.seen = 0
+            for column in (self.tokens.ids, self.tokens.scores, self.mark_places, self.mark_ids):
+                release(column)
+        return torch.from_numpy(ids), torch.from_numpy(scores)
 
     def first(self) -> torch.Tensor:
         """Ids of the first chunk, [context]."""
@@ -216,7 +223,7 @@ def describe_weights(chunks: Chunks, weights_of) -> str:
 class Plan(Sequence):
     """For each optimiser step the numbers of its chunks; eight bytes for each number."""
 
-    def __init__(self, order: array.array, batch_size: int):
+    def __init__(self, order: array, batch_size: int):
         self.order, self.batch_size = order, batch_size
 
     def __len__(self) -> int:
@@ -240,9 +247,9 @@ def plan_chunks(chunks: int, batch_size: int, tokens: float, context: int, seed:
         raise ValueError("no chunks to plan")
     steps = max(1, round(tokens / (batch_size * context)))
     steps = min(steps, max_steps) if max_steps > 0 else steps
-    rng, order = random.Random(seed), array.array("q")
+    rng, order = random.Random(seed), array("q")
     while len(order) < steps * batch_size:
-        epoch = array.array("q", range(chunks))
+        epoch = array("q", range(chunks))
         rng.shuffle(epoch)
         order += epoch[: steps * batch_size - len(order)]
     return Plan(order, batch_size)

@@ -8,6 +8,7 @@ import multiprocessing
 import random
 import sysconfig
 import time
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -622,6 +623,59 @@ def test_tokens_of_which_a_kill_left_some_are_made_anew(tmp_path, monkeypatch):
     assert not [path for path in store.folder.glob("tokens-*") if path.suffix not in {".part", ".lock"}]
     assert_same(*chunked(tokenizer, Documents(store, range(30)), 4))
     assert not list(store.folder.glob("tokens-*.part"))
+
+
+def peak_of(tmp_path: Path, count: int, tokenizer) -> int:
+    """Bytes at the peak while a corpus of texts of 2,000 characters is prepared and read."""
+    path = tmp_path / f"{count}.jsonl"
+    with path.open("w") as file:
+        for i in range(count):
+            file.write(json.dumps({"text": f"{i} {'word ' * 400}"}) + "\n")
+    tracemalloc.start()
+    try:
+        words = arguments(tmp_path, data=str(path), holdout=0.1)
+        splits, _ = corpus.load_corpus(**words, say=silent)
+        corpus.threshold_of(splits["train"], None, 0.5)
+        marks = {"train": ([i % 5 + 3 for i, _ in enumerate(d["scores"])] for d in splits["train"])}
+        for packed in chunks.make_chunks(tokenizer, splits, marks, 16, silent).values():
+            for _ in packed.blocks(1 << 10):
+                pass
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path, words, monkeypatch):
+    """Of what is added a document costs some numbers: its text, scores and tokens stay in files."""
+    monkeypatch.setattr("pretraining.documents.SEGMENTS_AT_A_TIME", 1 << 11)
+    monkeypatch.setattr(tokens, "AT_A_TIME", 1 << 12)
+    monkeypatch.setattr(scorers, "processors", lambda: 1)
+    tokenizer = models.byte_tokenizer()
+    peak_of(tmp_path, 20, tokenizer)  # what the first use of a library takes
+    few, many = (peak_of(tmp_path, count, tokenizer) for count in (40, 200))
+    assert many - few < 0.25 * 160 * 2000
+
+
+def mapped_memory() -> int:
+    """Bytes of files that are mapped and in memory."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("needs /proc")
+    return next(1024 * int(line.split()[1]) for line in status.read_text().splitlines() if "RssFile" in line)
+
+
+def test_mapped_pages_are_given_back(tmp_path):
+    count = 1 << 24
+    for name, dtype in (("ids", "uint16"), ("scores", "float32")):
+        arrays.np.zeros(count, dtype).tofile(tmp_path / name)
+    ids, scores = (arrays.mapped(tmp_path / name, dtype) for name, dtype in (("ids", "uint16"), ("scores", "float32")))
+    found = tokens.Tokens(ids, scores, arrays.np.array([count]), arrays.np.array([count]), None)
+    packed = chunks.Chunks(found, Documents.of([{"segments": ["."], "scores": [0.0]}]), 2, 64)
+    before = mapped_memory()
+    for start in range(0, len(packed), 256):
+        packed[range(start, start + 256) if start + 256 < len(packed) else [0]]
+    assert mapped_memory() - before < 20 << 20  # of 96 MiB
+    assert packed[[len(packed) - 1]][0].sum() == 0
 
 
 def test_a_large_vocabulary_has_room(tmp_path):

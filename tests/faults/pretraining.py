@@ -226,8 +226,8 @@ SCORING = [
     Mutant(
         "EOS without its document's score",
         CHUNKS,
-        "torch.from_numpy(self.tokens.scores[token])",
-        "torch.from_numpy(np.where(is_eos, np.float32(0), self.tokens.scores[token]))",
+        "scores = self.tokens.scores[token]",
+        "scores = np.where(is_eos, np.float32(0), self.tokens.scores[token])",
         READ + "test_documents_are_joined_by_eos_and_cut_without_padding",
     ),
     Mutant(
@@ -250,6 +250,20 @@ SCORING = [
         "start + counts.cumsum() - counts",
         "start + counts.cumsum()",
         READ + "test_marks_stand_before_their_segments_and_have_their_scores",
+    ),
+    Mutant(
+        "all texts in memory",
+        ("pretraining/tokens.py",),
+        "blocks_of(source.text_ends, AT_A_TIME)",
+        "[(0, len(source.ends) - 1)]",
+        READ + "test_memory_does_not_grow_with_the_corpus",
+    ),
+    Mutant(
+        "mapped pages never given back",
+        CHUNKS,
+        "                release(column)\n",
+        "                pass\n",
+        READ + "test_mapped_pages_are_given_back",
     ),
     Mutant(
         "tokens of another tokenizer",
