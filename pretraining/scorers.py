@@ -17,6 +17,8 @@ import platform
 import re
 import signal
 import sys
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -120,7 +122,7 @@ def in_parallel(function, items: Iterable, workers: int, size=len) -> Iterator:
         yield from map(function, items)
         return
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool, waiting = ProcessPoolExecutor(workers, context, begin_worker, (function,)), deque()
+    pool, waiting = ProcessPoolExecutor(workers, context, begin_worker, (function, os.getpid())), deque()
     try:
         for bundle in bundles(items, size):
             waiting.append(pool.submit(work, bundle))
@@ -147,12 +149,20 @@ def bundles(items: Iterable, size) -> Iterator[list]:
         yield bundle
 
 
-def begin_worker(function) -> None:
+def begin_worker(function, parent: int) -> None:
     """Prepares a process of `in_parallel`."""
     global _function
     _function = function
+    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def end_with(parent: int) -> None:
+    """Ends this process soon after its parent, which may have been killed without a word."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def work(bundle: list) -> list:

@@ -6,6 +6,7 @@ import gzip
 import json
 import multiprocessing
 import random
+import re
 import sysconfig
 import time
 import tracemalloc
@@ -205,6 +206,69 @@ def test_documents_of_a_text_file(tmp_path, words):
         path.write_text(content)
         splits, _ = corpus.load_corpus(**arguments(tmp_path, data=str(path)), say=silent)
         assert sorted("".join(d["segments"]).strip("\n") for d in splits["train"]) == expected
+
+
+def whole_text_cut(text: str) -> list[str]:
+    """The documents of a .txt file by the rule for a text that is in memory."""
+    text = text.replace("\r\n", "\n")
+    if f"\n{texts.EOS}\n" in text:
+        parts = text.split(f"\n{texts.EOS}\n")
+    else:
+        parts = [part for part in re.split(r"\n[^\S\n]*\n", text) if part.strip()]
+    parts = [texts.usable_text(part.removesuffix(f"\n{texts.EOS}"))[0] for part in parts]
+    return [part for part in parts if part is not None]
+
+
+def test_a_text_file_is_cut_as_a_whole_text_would_be(tmp_path):
+    """Line by line, whatever stands behind what; also packed."""
+    rng, marked = random.Random(0), 0
+    for i in range(400):
+        pieces = ["a", "b c", " ", "\t", "é", "\n", "\n\n", "\r\n", "\r", f"\n{texts.EOS}\n", texts.EOS]
+        some = rng.choices(pieces, [3, 3, 2, 1, 1, 6, 2, 2, 1, (i % 2) * 3, (i % 2) * 2], k=rng.randint(1, 25))
+        text = "".join(some) + "x"
+        marked += f"\n{texts.EOS}\n" in text.replace("\r\n", "\n")
+        path = tmp_path / ("t.txt.gz" if i % 3 else "t.txt")
+        content = text.encode()
+        path.write_bytes(gzip.compress(content) if i % 3 else content)
+        parts, count = texts.open_source("pii", str(path), "text")
+        assert [text for text, _ in parts() if text is not None] == whole_text_cut(text), repr(text)
+        assert count == 1
+    assert 50 < marked < 350
+
+
+def test_rows_of_a_parquet_file(tmp_path, words):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "rows.parquet"
+    values = [f"text {i}" for i in range(3000)] + [None, "", "last"]
+    table = pyarrow.table({"other": list(range(3003)), "story": values})
+    parquet.write_table(table, path, row_group_size=500)
+    splits, facts = corpus.load_corpus(**arguments(tmp_path, data=str(path), text_field="story"), say=silent)
+    assert ["".join(d["segments"]) for d in splits["train"]] == [*values[:3000], "last"]
+    assert facts["left_out"] == {"the field is not text": 1, "empty": 1}
+    with pytest.raises(InputError, match=r'row 1: no field "text"; --text-field .*found other, story'):
+        corpus.load_corpus(**arguments(tmp_path, data=str(path)), say=silent)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(InputError, match="not a readable parquet file"):
+        corpus.load_corpus(**arguments(tmp_path, data=str(path), text_field="story"), say=silent)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b'{"text": "a"}\n\n{"text": \n', "line 3: not valid JSON"),
+        (b'{"text": "a"}\n["b"]\n', "line 2: expected an object with named fields, found list"),
+        (b'{"text": "a"}\n{"text": "\xff"}\n', "line 2: not UTF-8 text .byte 24 of"),
+        (b'{"text": "a", "text": "b"}\n', "line 1: .*twice"),
+        (b"\n \n", "no rows"),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_bad_line_is_named(content, complaint, packed, tmp_path, words):
+    path = tmp_path / ("rows.jsonl.gz" if packed else "rows.jsonl")
+    path.write_bytes(gzip.compress(content) if packed else content)
+    with pytest.raises(InputError, match=complaint):
+        corpus.load_corpus(**arguments(tmp_path, data=str(path)), say=silent)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_rows_of_a_file_and_of_the_hub(tmp_path, words, monkeypatch):

@@ -287,6 +287,27 @@ SCORING = [
         SEGMENTS + "test_several_processes_score_as_one_does",
     ),
     Mutant(
+        "all items asked for at once",
+        SCORERS,
+        "if len(waiting) > 2 * workers:",
+        "if len(waiting) > 1e9:",
+        SEGMENTS + "test_many_items_wait_in_no_memory",
+    ),
+    Mutant(
+        "processes that outlive a kill",
+        SCORERS,
+        "while os.getppid() == parent:",
+        "while True:",
+        SEGMENTS + "test_processes_end_with_the_one_that_started_them",
+    ),
+    Mutant(
+        "blank lines behind each other cut twice",
+        ("pretraining/texts.py",),
+        "if lines and (line ==",
+        "if (line ==",
+        READ + "test_a_text_file_is_cut_as_a_whole_text_would_be",
+    ),
+    Mutant(
         "a part of a folder taken for the whole",
         ("pretraining/arrays.py",),
         "        if found != size:",
