@@ -14,7 +14,7 @@ import numpy as np
 
 from common import InputError, files
 
-FACTS = "made.json"  # in each folder: {file: how many numbers it holds}
+FACTS = "made.json"  # in each folder: {file: its size in bytes}
 
 
 class Column:
@@ -89,7 +89,7 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
             if not folder.exists():
                 part.mkdir(exist_ok=True)
                 make(part)
-                sizes = {path.name: path.stat().st_size for path in sorted(part.iterdir())}
+                sizes = {path.name: path.stat().st_size for path in sorted(part.iterdir()) if path.name != FACTS}
                 files.write_json(part / FACTS, sizes)
                 os.replace(part, folder)
         lock_path.unlink(missing_ok=True)

@@ -111,7 +111,7 @@ def write_tokens(tokenizer, source: Listed | Stored, columns: dict[str, Column])
     shown["disable"] = source.folder is None or not is_main_process()
     encode = partial(encode_block, tokenizer, source, columns[ids_name].dtype)
     with tqdm(total=total, desc="tokenising the corpus (once)", **shown) as bar:
-        for (first, last), ids, counts in scorers.in_parallel(encode, blocks, 1 + total // 1_000_000, size_of_block):
+        for (first, last), ids, counts in scorers.in_parallel(encode, blocks, 1 + total // 4_000_000, size_of_block):
             before = np.concatenate([[0], counts.cumsum(dtype=np.int64)])  # tokens before each segment
             columns[ids_name].append(ids)
             columns["scores"].append(np.repeat(source.scores(first, last).astype(np.float32), counts))

@@ -413,6 +413,24 @@ class Killed(BaseException):
     """What a test raises where a process would be killed: nothing catches it."""
 
 
+def test_a_kill_before_the_folder_gets_its_name(tmp_path, monkeypatch):
+    rename, calls = corpus.os.replace, []
+
+    def killed(part, folder):
+        if str(part).endswith(".part") and Path(part).is_dir():
+            raise Killed
+        rename(part, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus.os, "replace", killed)
+        with pytest.raises(Killed):
+            stored(tmp_path)
+    again = scorer_of(lambda text: calls.append(text) or by_words(text))
+    for _ in range(2):
+        assert stored(tmp_path, again) == fresh()
+    assert not calls
+
+
 def test_texts_that_change_while_they_are_read_are_found_out(tmp_path):
     changed = lambda: iter([("a b", None), ("c", None)])  # noqa: E731
     with pytest.raises(InputError, match="not the same when they are read a second time"):
