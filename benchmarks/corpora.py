@@ -175,6 +175,12 @@ def measure(tree: Path, data: Path, tokenizer: Path, folder: Path, holdout: floa
     return result | {"perplexity": summary["after"]["perplexity"]}
 
 
+def commit_of(tree: Path) -> str | None:
+    """The commit that is checked out there."""
+    command = ["git", "-C", str(tree), "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+
+
 def print_row(size: float, name: str, result: dict) -> None:
     """One line of the table."""
     seconds = "".join(f"{value / size:10.3f}" for value in result["seconds"].values())
@@ -213,7 +219,7 @@ def main(args: Args) -> None:
                 write_corpus(data, int(size * 1e6))
                 train_tokenizer(data, tokenizer)
                 result = measure(tree, data, tokenizer, Path(folder), 0.3 if args.tiny else args.holdout)
-            results.append({"megabytes": size, "tree": name} | result)
+            results.append({"megabytes": size, "tree": name, "commit": commit_of(tree)} | result)
             print_row(size, name, result)
             if output:
                 output.parent.mkdir(parents=True, exist_ok=True)
