@@ -3,7 +3,7 @@ megabyte, and the largest memory.
 
     python benchmarks/corpora.py                     1, 10 and 100 MB; needs pycodestyle
     python benchmarks/corpora.py --tiny              20 kB: does it run?
-    python benchmarks/corpora.py --tree ../before    another checkout of this repository beside it
+    python benchmarks/corpora.py --tree $BEFORE     another checkout of this repository beside it
 
 The text is the standard library's, its paragraphs shuffled with a seed until there is enough, in a
 .jsonl file of documents. pycodestyle, which is slow, scores `--pep8` megabytes of it and the time
