@@ -240,25 +240,25 @@ def main(args: Args) -> None:
 
     threshold_from = (args.threshold, args.threshold_quantile)
     threshold, good_share = corpus.choose_threshold(documents["train"], *threshold_from, (None, 0.5), of="documents")
-    kept = [document for document in documents["train"] if mean_score(document["scores"]) <= threshold]
+    kept = [i for i, scores in enumerate(documents["train"].scores()) if mean_score(scores) <= threshold]
     if not kept:
         raise SystemExit(f"--threshold {threshold:g}: every document's mean score is above it, so none is left.")
     counts = f"{len(kept):,} of {len(documents['train']):,}"
     print0(f"Filter: {counts} training documents stay, those with a mean score up to {threshold:.6g}.")
-    documents["train"] = kept
+    documents["train"] = documents["train"].subset(kept)
     marks: dict = {}  # control tokens of each split: none
     # [/method]
     flops_per_token = flops.training_flops(model, args.context)
     run.prepare(model.train(), dynamic=None)
 
     # Chunks of tokens, and the order in which training sees them.
-    ids, scores = chunks.make_chunks(tokenizer, documents, marks, args.context)  # {split: [chunks, context]}
-    count = {split: len(ids[split]) for split in ids}
+    packed = chunks.make_chunks(tokenizer, documents, marks, args.context)  # {split: chunks}, in files
+    count = {split: len(packed[split]) for split in packed}
     targets = args.context - 1  # in each chunk
     plan = chunks.plan_chunks(count["train"], args.batch_size, args.tokens, args.context, args.seed, args.max_steps)
     logps_of = models.bind_forward(model, target_logps)
-    output_layer = choose_output_layer(logps_of, model, ids["train"][0].to(run.device), tokenizer.pad_token_id)
-    batch_of = partial(chunks.batch_of, ids, scores, output_layer, run.device)
+    output_layer = choose_output_layer(logps_of, model, packed["train"].first().to(run.device), tokenizer.pad_token_id)
+    batch_of = partial(chunks.batch_of, packed, output_layer, run.device)
     plain_folder = baseline.baseline_folder(args, run.script, facts["sha256"], run.device)
     facts |= {"threshold": threshold, "good_share": good_share, "chunks": count["train"]}
     run.pin_sources(args.init, facts["sha256"])

@@ -197,9 +197,9 @@ def check_hub_id(name: str, kind: str, flag: str = "") -> None:
         raise InputError(f"{missing} here, and the hub cannot be reached for a {kind} of that name.") from None
 
 
-def read_hub(name: str) -> dict[str, list[tuple[str, dict]]]:
+def read_hub(name: str, lazy: bool = False) -> dict[str, list[tuple[str, dict]]]:
     """Splits of a data set of the hub, `name` or `name:subset` (a configuration or a data folder),
-    as {"train": rows, "test": rows or absent}."""
+    as {"train": rows, "test": rows or absent}; `lazy`: iterators that read from the disk."""
     import datasets
 
     name, _, subset = name.partition(":")
@@ -216,11 +216,11 @@ def read_hub(name: str) -> dict[str, list[tuple[str, dict]]]:
         raise InputError(f"--data {name}: the data set cannot be loaded ({first_line(error)}).") from None
     if "train" not in loaded:
         raise InputError(f"--data {name}: no train split (found {', '.join(loaded)}).")
-    names = {"train": "train", "test": "test" if "test" in loaded else "validation"}
-    splits = {}
+    splits, names = {}, {"train": "train", "test": "test" if "test" in loaded else "validation"}
     for split, hub_name in names.items():
         if hub_name in loaded:
-            splits[split] = [(f"{name}, {hub_name} row {i}", row) for i, row in enumerate(loaded[hub_name], 1)]
+            places = map(f"{name}, {hub_name} row {{}}".format, range(1, len(loaded[hub_name]) + 1))
+            splits[split] = zip(places, loaded[hub_name]) if lazy else list(zip(places, loaded[hub_name]))
     return splits
 
 

@@ -10,10 +10,11 @@ import torch
 from common import InputError, models
 from common.metrics import mean_and_error
 from pretraining import chunks, likelihood, sampling
-from pretraining.corpus import Document
 from pretraining.diversity import diversity
+from pretraining.documents import Documents
 from pretraining.red_team import red_team
 from pretraining.scorers import Scorer
+from pretraining.tokens import tokens_of
 from toy.documents import right_share
 
 GROUP = 25  # samples: the expected maximum is over groups of this size
@@ -77,7 +78,7 @@ def evaluate_model(
     *,
     task: str,
     scorer: Scorer,
-    documents: list[Document],
+    documents: Documents,
     context: int,
     samples: int,
     max_new_tokens: int,
@@ -128,9 +129,10 @@ def evaluate_model(
 def known(model, tokenizer, start, control_ids, documents, context: int, good: float, teacher, autocast) -> dict:
     """Perplexities, and the KL from a teacher where there is one."""
     shape = {"banned_ids": control_ids, "autocast": autocast}
-    ids, scores, _ = chunks.pack(chunks.encode_documents(tokenizer, documents), tokenizer.eos_token_id, context)
+    packed = chunks.Chunks(tokens_of(tokenizer, documents.source), documents, tokenizer.eos_token_id, context)
+    ids, is_good = packed.view(lambda ids, scores: ids), packed.view(lambda ids, scores: scores <= good)
     metrics: dict = {"perplexity": likelihood.perplexity(model, ids, start, **shape)}
-    metrics["perplexity_good"] = likelihood.perplexity(model, ids, start, keep=scores <= good, **shape)
+    metrics["perplexity_good"] = likelihood.perplexity(model, ids, start, keep=is_good, **shape)
     if teacher:
         other, reader, samples = teacher
         theirs, ours = (

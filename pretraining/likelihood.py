@@ -11,9 +11,9 @@ import torch
 
 from common.metrics import mean_and_error
 from common.models import context_length
-from common.processes import gather, shard_items
-from pretraining.chunks import ids_of
+from common.processes import gather, shard_items, world_size
 from pretraining.sampling import evaluating, texts_of
+from pretraining.tokens import ids_of
 
 
 def log_probabilities(
@@ -30,11 +30,16 @@ def log_probabilities(
     return logits.log_softmax(-1)
 
 
+def batch_size(model, length: int) -> int:
+    """How many lines of this length have logits that fill about 64 MiB."""
+    return max(1, (1 << 24) // (length * model.get_output_embeddings().weight.shape[0]))
+
+
 def batches(model, items: list, length: int) -> list[list[int]]:
     """This process's numbers of items in batches whose logits fill about 64 MiB; every process gets
     as many.
     """
-    size = max(1, (1 << 24) // (length * model.get_output_embeddings().weight.shape[0]))
+    size = batch_size(model, length)
     mine = shard_items(list(range(len(items))))
     return [mine[i : i + size] for i in range(0, len(mine), size)]
 
@@ -174,15 +179,18 @@ def perplexity(
     `prefix_ids` (two at most) stand before each chunk and are not counted. So that there is room
     for them, and all models are judged on the same tokens, the last two of each chunk are left out
     for every model; the first one, which has nothing before it, is not counted either. `keep`
-    [chunks, context] says which of the others count; None: all.
+    [chunks, context] says which of the others count; None: all. `ids` and `keep` are tensors, or
+    are sliced like them: some batches are in memory at a time.
     """
-    prefix, lines = list(prefix_ids), ids[:, :-2].tolist()
+    prefix, sums, count = list(prefix_ids), [], 0
     if len(prefix) > 2:
         raise ValueError(f"expected two tokens at most before a chunk, got {len(prefix)}")
-    keep = torch.ones_like(ids, dtype=torch.bool) if keep is None else keep
-    kept = keep[:, 1:-2]
-    if not kept.any():
-        return None
-    pairs = [([*prefix, line[0]], line[1:]) for line in lines]
-    logps = sequence_logps(model, pairs, banned_ids, kept.tolist(), autocast)
-    return math.exp(-sum(logps) / kept.sum().item())
+    context = ids[:1].shape[1]
+    size = 16 * world_size() * batch_size(model, len(prefix) + context - 2)
+    for start in range(0, len(ids), size):
+        some = ids[start : start + size]
+        kept = (torch.ones_like(some) if keep is None else keep[start : start + size])[:, 1:-2].bool()
+        pairs = [([*prefix, line[0]], line[1:]) for line in some[:, :-2].tolist()]
+        sums += sequence_logps(model, pairs, banned_ids, kept.tolist(), autocast)
+        count += kept.sum().item()
+    return math.exp(-sum(sums) / count) if count else None

@@ -9,7 +9,7 @@ import torch
 from common import InputError, first_line, models, oracle
 from common.processes import print0
 from pretraining.chunks import choose_tokenizer
-from pretraining.corpus import Document
+from pretraining.documents import Documents
 
 # Layers, heads, hidden size.
 SIZES = {"tiny": (2, 2, 64), "mini": (4, 4, 128), "small": (4, 4, 256), "gpt2-small": (12, 12, 768)}
@@ -105,7 +105,7 @@ def load_start(
     vocabulary: int,
     context: int,
     seed: int,
-    documents: list[Document],
+    documents: Documents,
     device,
 ):
     """(tokenizer, model) of the folder `start`, or where that is empty those of a new model.

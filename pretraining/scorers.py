@@ -17,7 +17,12 @@ import platform
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -104,20 +109,65 @@ def processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def in_parallel(function, items: list, workers: int) -> Iterator:
+def in_parallel(function, items: Iterable, workers: int, size=len) -> Iterator:
     """`function(item)` for each item, in order, by as many as `workers` processes where there are
     processors for them.
 
-    The processes are forked and run regular expressions only; they leave Ctrl-C to this process and
-    end with the pool.
+    Items go to them in bundles of some 100,000 of what `size(item)` counts, a few bundles at a
+    time: neither all items nor all results are ever in memory. The processes are forked, leave
+    Ctrl-C to this process and end with it. Raises InputError where one is killed.
     """
     workers = min(workers, processors())
     if workers <= 1:
         yield from map(function, items)
         return
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with context.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-        yield from pool.imap(function, items, chunksize=1 if len(items) < 1000 else 16)
+    pool, waiting = ProcessPoolExecutor(workers, context, begin_worker, (function, os.getpid())), deque()
+    try:
+        for bundle in bundles(items, size):
+            waiting.append(pool.submit(work, bundle))
+            if len(waiting) > 2 * workers:
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
+    except BrokenProcessPool:
+        raise InputError("A process at work on the corpus was killed, perhaps for want of memory.") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def bundles(items: Iterable, size) -> Iterator[list]:
+    """Items in lists of some 100,000 in size."""
+    bundle, total = [], 0
+    for item in items:
+        bundle.append(item)
+        total += size(item)
+        if total >= 100_000:
+            yield bundle
+            bundle, total = [], 0
+    if bundle:
+        yield bundle
+
+
+def begin_worker(function, parent: int) -> None:
+    """Prepares a process of `in_parallel`."""
+    global _function
+    _function = function
+    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def end_with(parent: int) -> None:
+    """Ends this process soon after its parent, which may have been killed without a word."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def work(bundle: list) -> list:
+    """What a process of `in_parallel` does with a bundle."""
+    return list(map(_function, bundle))
 
 
 # -- segments

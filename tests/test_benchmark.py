@@ -1,4 +1,4 @@
-"""benchmarks/pairs.py runs, and what it compares is the same computation."""
+"""The benchmarks run, and what benchmarks/pairs.py compares is the same computation."""
 
 import importlib.util
 import json
@@ -84,3 +84,18 @@ def test_real_rows_fit(preference_data):
         for row in rows
         for ids in row["completions"]
     )
+
+
+def test_a_tiny_corpus_is_prepared_and_measured(tmp_path):
+    pytest.importorskip("pycodestyle")
+    command = [sys.executable, "benchmarks/corpora.py", "--tiny", "--output", str(tmp_path / "out.json")]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert {"command", "commit", "date", "machine", "versions", "pep8_seconds_per_mb"} <= report.keys()
+    (result,) = report["results"]
+    assert set(result["seconds"]) == {"read and score", "read again", "tokenise and pack", "pack again"}
+    assert result["chunks"] > 0
+    assert result["kept_bytes"] > 20_000  # the texts, and more
+    assert result["training_peak_bytes"] > 1 << 20
+    assert result["perplexity"] > 1

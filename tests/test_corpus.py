@@ -6,8 +6,10 @@ import gzip
 import json
 import multiprocessing
 import random
+import re
 import sysconfig
 import time
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -15,9 +17,11 @@ import pytest
 import torch
 
 from common import InputError, files
-from pretraining import chunks, corpus, scorers
+from common import models as loading
+from pretraining import arrays, chunks, corpus, scorers, texts, tokens
 from pretraining import models as pretrained
-from tests import models
+from pretraining.documents import Documents, blocks_of
+from tests import models, packing
 from toy import documents as toy_documents
 from toy.world import WRONG_SHARE
 
@@ -66,7 +70,7 @@ def test_the_toys_rule_for_rudeness():
 def test_the_toys_corpus_is_what_it_says(tmp_path, toy_tokenizer):
     sentences = []
     splits, facts = corpus.load_corpus(**arguments(tmp_path, task="toy", holdout=0.1), say=sentences.append)
-    documents = splits["train"] + splits["held_out"]
+    documents = [*splits["train"], *splits["held_out"]]
     assert len(documents) == facts["documents"] == 6000
     assert len(splits["held_out"]) == pytest.approx(600, abs=10)
     assert not {"".join(d["segments"]) for d in splits["train"]} & {"".join(d["segments"]) for d in splits["held_out"]}
@@ -78,7 +82,7 @@ def test_the_toys_corpus_is_what_it_says(tmp_path, toy_tokenizer):
     assert by_author[True] / len(documents) == pytest.approx(0.37, abs=0.04)
     for document in documents[:200]:
         text = "".join(document["segments"])
-        ids, _ = chunks.encode_document(toy_tokenizer, document["segments"], document["scores"])
+        ids, _ = packing.encode(toy_tokenizer, document)
         assert toy_tokenizer.decode(ids) == text
         assert toy_tokenizer.unk_token_id not in ids
         assert toy_documents.split_sentences(text) == document["segments"]
@@ -116,7 +120,7 @@ def test_a_folder_with_files_of_all_kinds(tmp_path, words):
     (folder / "b.txt").write_bytes(b"")
     (folder / "c.txt").write_bytes(b"binary\0stuff")
     (folder / "d.txt").write_bytes("café".encode("latin-1"))
-    (folder / "e.txt").write_text("z" * (corpus.LONGEST + 1))
+    (folder / "e.txt").write_text("z" * (texts.LONGEST + 1))
     (folder / "deep" / "f.txt.gz").write_bytes(gzip.compress(b"\xef\xbb\xbfthree"))
     (folder / "g.txt").write_text(" \n ")
     (folder / "h.py").write_text("not asked for")
@@ -129,7 +133,7 @@ def test_a_folder_with_files_of_all_kinds(tmp_path, words):
         "empty": 2,
         "binary": 1,
         "not text in the encoding that it should have": 1,
-        f"longer than {corpus.LONGEST:,} characters": 1,
+        f"longer than {texts.LONGEST:,} characters": 1,
     }
     assert "2 left out (empty)" in sentences[0]
     assert "1 left out (binary)" in sentences[0]
@@ -152,7 +156,7 @@ def test_python_files_may_declare_their_encoding(tmp_path, words):
         ("a.txt", "café".encode("latin-1"), "not UTF-8 text .byte 3"),
         ("a.py", b"", "no usable document .*1 empty"),
         ("a.py", b"\0", "1 binary"),
-        ("a.txt", b"x" * (corpus.LONGEST + 1), "1 longer than"),
+        ("a.txt", b"x" * (texts.LONGEST + 1), "1 longer than"),
         ("a.txt.gz", b"no gzip", "cannot be read"),
         (
             "a.jsonl",
@@ -204,14 +208,77 @@ def test_documents_of_a_text_file(tmp_path, words):
         assert sorted("".join(d["segments"]).strip("\n") for d in splits["train"]) == expected
 
 
+def whole_text_cut(text: str) -> list[str]:
+    """The documents of a .txt file by the rule for a text that is in memory."""
+    text = text.replace("\r\n", "\n")
+    if f"\n{texts.EOS}\n" in text:
+        parts = text.split(f"\n{texts.EOS}\n")
+    else:
+        parts = [part for part in re.split(r"\n[^\S\n]*\n", text) if part.strip()]
+    parts = [texts.usable_text(part.removesuffix(f"\n{texts.EOS}"))[0] for part in parts]
+    return [part for part in parts if part is not None]
+
+
+def test_a_text_file_is_cut_as_a_whole_text_would_be(tmp_path):
+    """Line by line, whatever stands behind what; also packed."""
+    rng, marked = random.Random(0), 0
+    for i in range(400):
+        pieces = ["a", "b c", " ", "\t", "é", "\n", "\n\n", "\r\n", "\r", f"\n{texts.EOS}\n", texts.EOS]
+        some = rng.choices(pieces, [3, 3, 2, 1, 1, 6, 2, 2, 1, (i % 2) * 3, (i % 2) * 2], k=rng.randint(1, 25))
+        text = "".join(some) + "x"
+        marked += f"\n{texts.EOS}\n" in text.replace("\r\n", "\n")
+        path = tmp_path / ("t.txt.gz" if i % 3 else "t.txt")
+        content = text.encode()
+        path.write_bytes(gzip.compress(content) if i % 3 else content)
+        parts, count = texts.open_source("pii", str(path), "text")
+        assert [text for text, _ in parts() if text is not None] == whole_text_cut(text), repr(text)
+        assert count == 1
+    assert 50 < marked < 350
+
+
+def test_rows_of_a_parquet_file(tmp_path, words):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "rows.parquet"
+    values = [f"text {i}" for i in range(3000)] + [None, "", "last"]
+    table = pyarrow.table({"other": list(range(3003)), "story": values})
+    parquet.write_table(table, path, row_group_size=500)
+    splits, facts = corpus.load_corpus(**arguments(tmp_path, data=str(path), text_field="story"), say=silent)
+    assert ["".join(d["segments"]) for d in splits["train"]] == [*values[:3000], "last"]
+    assert facts["left_out"] == {"the field is not text": 1, "empty": 1}
+    with pytest.raises(InputError, match=r'row 1: no field "text"; --text-field .*found other, story'):
+        corpus.load_corpus(**arguments(tmp_path, data=str(path)), say=silent)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(InputError, match="not a readable parquet file"):
+        corpus.load_corpus(**arguments(tmp_path, data=str(path), text_field="story"), say=silent)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b'{"text": "a"}\n\n{"text": \n', "line 3: not valid JSON"),
+        (b'{"text": "a"}\n["b"]\n', "line 2: expected an object with named fields, found list"),
+        (b'{"text": "a"}\n{"text": "\xff"}\n', "line 2: not UTF-8 text .byte 24 of"),
+        (b'{"text": "a", "text": "b"}\n', "line 1: .*twice"),
+        (b"\n \n", "no rows"),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_bad_line_is_named(content, complaint, packed, tmp_path, words):
+    path = tmp_path / ("rows.jsonl.gz" if packed else "rows.jsonl")
+    path.write_bytes(gzip.compress(content) if packed else content)
+    with pytest.raises(InputError, match=complaint):
+        corpus.load_corpus(**arguments(tmp_path, data=str(path)), say=silent)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_rows_of_a_file_and_of_the_hub(tmp_path, words, monkeypatch):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"code": "a x"}\n{"code": "b"}\n')
     splits, _ = corpus.load_corpus(**arguments(tmp_path, data=str(path), text_field="code"), say=silent)
     assert sorted("".join(d["segments"]) for d in splits["train"]) == ["a x", "b"]
-    monkeypatch.setattr(files, "read_hub", lambda name: {"train": [(f"{name}, row 1", {"text": "from the hub"})]})
+    monkeypatch.setattr(files, "read_hub", lambda name, lazy: {"train": [(f"{name}, row 1", {"text": "from the hub"})]})
     splits, _ = corpus.load_corpus(**arguments(tmp_path, data="someone/texts"), say=silent)
-    assert splits["train"] == [{"segments": ["from", " the", " hub"], "scores": [0.0, 0.0, 0.0]}]
+    assert list(splits["train"]) == [{"segments": ["from", " the", " hub"], "scores": [0.0, 0.0, 0.0]}]
 
 
 def test_the_standard_library_without_packages_and_tests(tmp_path, words, monkeypatch):
@@ -255,48 +322,55 @@ def test_a_text_that_occurs_twice_is_on_one_side(tmp_path, words):
 
 # -- scoring
 
-TEXTS = [f"a{'x' * i} b {'x ' * (i % 5)}c" for i in range(30)]
+TEXTS = [f"a{'x' * i} b {'é ' * (i % 5)}c" for i in range(30)]
 
 
 def fresh(texts=TEXTS) -> list[dict]:
     return [dict(zip(("segments", "scores"), by_words(text))) for text in texts]
 
 
-def test_cached_scores_equal_fresh_ones_and_nothing_is_scored_twice(tmp_path):
+def stored(folder: Path, scorer=None, some=TEXTS, **words) -> list[dict]:
+    """The texts as they come out of their folder."""
+    scorer = scorer or scorer_of()
+    parts = lambda: ((text, None) for text in some)  # noqa: E731
+    store = corpus.stored(parts, texts.sha256_of_texts(some), scorer, folder, **words)
+    return list(Documents(store, range(len(some))))
+
+
+def test_kept_scores_equal_fresh_ones_and_nothing_is_scored_twice(tmp_path):
     calls = []
     counting = scorer_of(lambda text: calls.append(text) or by_words(text))
-    digest = corpus.sha256_of_texts(TEXTS)
-    assert corpus.scored(TEXTS, digest, counting, tmp_path) == fresh()
+    assert stored(tmp_path, counting) == fresh()
     assert len(calls) == 30
-    assert corpus.scored(TEXTS, digest, counting, tmp_path) == fresh()
+    assert stored(tmp_path, counting) == fresh()
     assert len(calls) == 30
-    corpus.scored(TEXTS, digest, counting._replace(name="words 1, other"), tmp_path)  # another version of the scorer
+    stored(tmp_path, counting._replace(name="words 1, other"))  # another version of the scorer
     assert len(calls) == 60
     other = [*TEXTS[:-1], "other"]
-    assert corpus.scored(other, corpus.sha256_of_texts(other), counting, tmp_path) == fresh(other)
+    assert stored(tmp_path, counting, other) == fresh(other)
     assert len(calls) == 90
-    assert {path.suffix for path in tmp_path.iterdir()} == {".jsonl"}
     assert len(list(tmp_path.iterdir())) == 3
-    assert all(path.name.startswith("words-1-") for path in tmp_path.iterdir())
+    assert all(path.is_dir() and path.name.startswith("words-1-") for path in tmp_path.iterdir())
 
 
-def test_pep8_of_real_files_cached_and_in_parallel(tmp_path):
+def test_pep8_of_real_files_kept_and_in_parallel(tmp_path, monkeypatch):
     pytest.importorskip("pycodestyle")
     scorer = scorers.load_scorer("pep8")
-    texts = [
+    some = [
         Path(__file__).with_name(name).read_text(encoding="utf-8")
         for name in ("runs.py", "models.py", "__init__.py", "conftest.py")
     ]
-    texts = [text.replace(" = ", "=", 5).replace("    return", "\treturn", 2) for text in texts if text]
-    expected = [dict(zip(("segments", "scores"), scorer.segments(text))) for text in texts]
-    corpus.scored(texts * 20, "many", scorer, tmp_path)  # enough for several processes
-    assert corpus.scored(texts * 20, "many", scorer, tmp_path) == expected * 20
+    some = [text.replace(" = ", "=", 5).replace("    return", "\treturn", 2) for text in some if text]
+    expected = [dict(zip(("segments", "scores"), scorer.segments(text))) for text in some]
+    monkeypatch.setattr(scorers, "processors", lambda: 2)
+    stored(tmp_path, scorer, some * 20)  # enough for several processes
+    assert stored(tmp_path, scorer, some * 20) == expected * 20
     assert max(score for d in expected for score in d["scores"]) > 0
 
 
-@pytest.mark.parametrize("cut", [0, 7])
+@pytest.mark.parametrize("cut", ["nothing", "segment_ends", "scores", "lengths", "more"])
 def test_an_interrupted_scoring_goes_on_where_it_stopped(cut, tmp_path):
-    """Also where a kill cut the last line of the part file."""
+    """Also where a kill cut what was being written, or came before the document was counted."""
     calls, sentences = [], []
 
     def stops(text):
@@ -306,20 +380,61 @@ def test_an_interrupted_scoring_goes_on_where_it_stopped(cut, tmp_path):
         return by_words(text)
 
     with pytest.raises(InputError, match=r"stopped after 12 of 30 documents\. They are kept"):
-        corpus.scored(TEXTS, "digest", scorer_of(stops), tmp_path)
+        stored(tmp_path, scorer_of(stops))
     part = next(tmp_path.glob("*.part"))
-    assert part.read_bytes().count(b"\n") == 12
-    if cut:
-        part.write_bytes(part.read_bytes()[:-cut])
+    assert (part / "segment_ends").stat().st_size == 12 * 8
+    if cut == "more":
+        with (part / "scores").open("ab") as file:
+            file.write(bytes(20))
+    elif cut != "nothing":
+        path = part / cut
+        path.write_bytes(path.read_bytes()[:-3])
     calls.clear()
-    documents = corpus.scored(
-        TEXTS, "digest", scorer_of(lambda text: calls.append(text) or by_words(text)), tmp_path, say=sentences.append
-    )
-    assert documents == fresh()
-    done = 11 if cut else 12
+    again = scorer_of(lambda text: calls.append(text) or by_words(text))
+    assert stored(tmp_path, again, say=sentences.append) == fresh()
+    done = 12 if cut in {"nothing", "more"} else 11
     assert calls == TEXTS[done:]
     assert sentences == [f"Scoring goes on after {done} of 30 documents."]
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_texts_of_which_a_kill_left_some_are_copied_anew(tmp_path, monkeypatch):
+    def killed(*words):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus.os, "replace", killed)
+        with pytest.raises(Killed):
+            stored(tmp_path)
+    assert stored(tmp_path) == fresh()
+
+
+class Killed(BaseException):
+    """What a test raises where a process would be killed: nothing catches it."""
+
+
+def test_a_kill_before_the_folder_gets_its_name(tmp_path, monkeypatch):
+    rename, calls = corpus.os.replace, []
+
+    def killed(part, folder):
+        if str(part).endswith(".part") and Path(part).is_dir():
+            raise Killed
+        rename(part, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus.os, "replace", killed)
+        with pytest.raises(Killed):
+            stored(tmp_path)
+    again = scorer_of(lambda text: calls.append(text) or by_words(text))
+    for _ in range(2):
+        assert stored(tmp_path, again) == fresh()
+    assert not calls
+
+
+def test_texts_that_change_while_they_are_read_are_found_out(tmp_path):
+    changed = lambda: iter([("a b", None), ("c", None)])  # noqa: E731
+    with pytest.raises(InputError, match="not the same when they are read a second time"):
+        corpus.stored(changed, texts.sha256_of_texts(["a b", "d"]), scorer_of(), tmp_path)
 
 
 def slowly(text: str) -> tuple[list[str], list[float]]:
@@ -331,32 +446,31 @@ def slowly(text: str) -> tuple[list[str], list[float]]:
 
 
 def test_two_processes_score_once(tmp_path):
-    texts = [f"{i}|{tmp_path}|x" for i in range(20)]
+    some = [f"{i}|{tmp_path}|x" for i in range(20)]
     fork = multiprocessing.get_context("fork")
-    processes = [
-        fork.Process(target=corpus.scored, args=(texts, "digest", scorer_of(slowly), tmp_path / "scores"))
-        for _ in range(2)
-    ]
+    words = (tmp_path / "scores", scorer_of(slowly), some)
+    processes = [fork.Process(target=stored, args=words) for _ in range(2)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0]
     assert (tmp_path / "calls").stat().st_size == 20
-    assert corpus.scored(texts, "digest", scorer_of(), tmp_path / "scores") == fresh(texts)
+    assert stored(tmp_path / "scores", some=some) == fresh(some)
 
 
-def test_a_file_of_scores_that_is_not_whole_is_refused(tmp_path):
-    corpus.scored(TEXTS, "digest", scorer_of(), tmp_path)
-    path = next(tmp_path.glob("*.jsonl"))
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
-    with pytest.raises(InputError, match="29 documents, not of 30"):
-        corpus.scored(TEXTS, "digest", scorer_of(), tmp_path)
+@pytest.mark.parametrize("name", ["scores", "texts", "segment_ends"])
+def test_a_folder_that_is_not_whole_is_refused(name, tmp_path):
+    stored(tmp_path)
+    path = next(tmp_path.glob(f"*/{name}"))
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(InputError, match=f"{name}: holds .*remove the folder"):
+        stored(tmp_path)
 
 
 def test_a_scorer_that_loses_text_is_found_out(tmp_path):
     with pytest.raises(ValueError, match="joined are not the text"):
-        corpus.scored(["a b"], "digest", scorer_of(lambda text: (["a"], [0.0])), tmp_path)
+        stored(tmp_path, scorer_of(lambda text: (["a"], [0.0])), ["a b"])
 
 
 def test_a_document_without_a_segment_is_left_out_and_counted(tmp_path, monkeypatch):
@@ -368,18 +482,48 @@ def test_a_document_without_a_segment_is_left_out_and_counted(tmp_path, monkeypa
         lambda *args, **words: scorer_of(lambda text: ([], []) if text == "none" else by_words(text)),
     )
     splits, facts = corpus.load_corpus(**arguments(tmp_path, data=str(path)), say=silent)
-    assert len(splits["train"]) == 1
+    assert list(splits["train"]) == fresh(["a b"])
     assert facts["left_out"] == {"no segment": 1}
+
+
+# -- documents and numbers in files
+
+
+def test_some_documents_of_a_folder(tmp_path, monkeypatch):
+    """Their scores come block by block, whatever the blocks."""
+    monkeypatch.setattr("pretraining.documents.SEGMENTS_AT_A_TIME", 7)
+    stored(tmp_path)
+    store = corpus.stored(None, texts.sha256_of_texts(TEXTS), scorer_of(), tmp_path)
+    some = Documents(store, range(30)).subset([1, 2, 5, 11, 12, 13, 29])
+    expected = [fresh()[i] for i in (1, 2, 5, 11, 12, 13, 29)]
+    assert list(some) == expected
+    assert list(some.scores()) == [d["scores"] for d in expected]
+    assert [s for scores, _ in some.score_blocks() for s in scores] == [s for d in expected for s in d["scores"]]
+    assert list(some[2:4]) == expected[2:4]
+    assert some[-1] == expected[-1]
+    assert len(some.subset([])) == 0
+    sizes = [3, 5, 0, 2, 9, 1]
+    ends = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+    assert list(blocks_of(arrays.np.array(ends), 8)) == [(0, 3), (3, 4), (4, 5), (5, 6)]
+
+
+def test_the_number_at_a_place_is_found_without_sorting():
+    rng = random.Random(0)
+    numbers = [rng.choice([0.0, 0.3, 1e-300, rng.random(), rng.random() * 1e-3, 7.5]) for _ in range(3000)]
+    parts = [arrays.np.array(numbers[i : i + 700]) for i in range(0, 3000, 700)]
+    ordered = sorted(numbers)
+    for k in (0, 1, 499, 500, 1234, 2998, 2999):
+        assert arrays.kth_smallest(lambda: iter(parts), k) == ordered[k]
 
 
 # -- thresholds
 
 
 def test_thresholds_by_value_and_by_quantile():
-    documents = [{"segments": ["a"] * 3, "scores": [0.0, 0.1, 0.8]}, {"segments": ["a"], "scores": [0.5]}]
+    documents = Documents.of([{"segments": ["a"] * 3, "scores": [0.0, 0.1, 0.8]}, {"segments": ["a"], "scores": [0.5]}])
     assert corpus.threshold_of(documents, 0.0, None) == 0.0  # 0 is a value, not its absence
     assert corpus.threshold_of(documents, 0.3, None) == 0.3
-    assert corpus.mean_scores(documents) == pytest.approx([0.3, 0.5])
+    assert list(corpus.mean_scores(documents)) == pytest.approx([0.3, 0.5])
     scores = sorted(s for d in documents for s in d["scores"])
     for quantile in (0.0, 0.1, 0.25, 0.26, 0.5, 0.74, 0.75, 0.9, 1.0):
         got = corpus.threshold_of(documents, None, quantile)
@@ -406,20 +550,47 @@ def marked_tokenizer():
     return tokenizer
 
 
+def chunked(tokenizer, documents, context: int, marks=None):
+    """(ids, scores, left) of all chunks, and those of the plain road."""
+    documents = documents if isinstance(documents, Documents) else Documents.of(documents)
+    of_source = tokens.tokens_of(tokenizer, documents.source)
+    packed = chunks.Chunks(of_source, documents, tokenizer.eos_token_id, context, iter(marks) if marks else None)
+    ids, scores = packed[range(len(packed))]
+    return (ids, scores, packed.left), packing.pack(tokenizer, documents, context, marks)
+
+
+def assert_same(got: tuple, expected: tuple) -> None:
+    """The same ids, scores to the last bit, and rest."""
+    assert got[0].tolist() == expected[0].tolist()
+    assert got[0].dtype == torch.int64
+    assert got[1].tolist() == expected[1].tolist()
+    assert got[1].dtype == torch.float32
+    assert got[2] == expected[2]
+
+
+def tokens_alone(tokenizer, segments: list[str]) -> list[int]:
+    """The tokens of one document, without the EOS."""
+    found = tokens.tokens_of(tokenizer, Documents.of([{"segments": segments, "scores": [0.0] * len(segments)}]).source)
+    return found.ids.tolist()
+
+
 def test_tokens_segment_by_segment():
     """Joined they are the text; a token never spans two segments; each has its segment's score."""
     tokenizer = marked_tokenizer()
     scores = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
-    ids, token_scores = chunks.encode_document(tokenizer, SEGMENTS, scores)
+    source = Documents.of([{"segments": SEGMENTS, "scores": scores}]).source
+    found = tokens.tokens_of(tokenizer, source)
+    ids, token_scores = found.ids.tolist(), found.scores
     assert tokenizer.decode(ids) == "".join(SEGMENTS)
     place = 0
-    for segment, score in zip(SEGMENTS, scores):
-        own, _ = chunks.encode_document(tokenizer, [segment], [score])
+    for i, (segment, score) in enumerate(zip(SEGMENTS, scores)):
+        own = tokens_alone(tokenizer, [segment])
         assert ids[place : place + len(own)] == own
-        assert token_scores[place : place + len(own)] == [score] * len(own)
+        assert token_scores[place : place + len(own)].tolist() == [arrays.np.float32(score)] * len(own)
+        assert found.counts(i, i + 1) == [len(own)]
         assert tokenizer.decode(own) == segment
         place += len(own)
-    assert place == len(ids) == len(token_scores)
+    assert place == len(ids) == len(token_scores) == found.ends[-1]
     merged = tokenizer("".join(SEGMENTS[:3]), add_special_tokens=False).input_ids
     assert merged != ids[: len(merged)]  # the merge of two line breaks would span two segments
 
@@ -429,7 +600,7 @@ def test_what_looks_like_a_special_token_in_a_text_stays_text():
     text = "a <|good|><|bad|></s><s><pad> b"
     # Asked plainly, it reads them.
     assert set(tokenizer(text, add_special_tokens=False).input_ids) & set(tokenizer.all_special_ids)
-    ids, _ = chunks.encode_document(tokenizer, [text, "</s>"], [0.0, 1.0])
+    ids = tokens_alone(tokenizer, [text, "</s>"])
     control = {tokenizer.convert_tokens_to_ids(token) for token in ("<|good|>", "<|bad|>", "<pad>", "<s>", "</s>")}
     assert len(control) == 5
     assert not set(ids) & control
@@ -438,61 +609,203 @@ def test_what_looks_like_a_special_token_in_a_text_stays_text():
     assert tokenizer("<|good|>", add_special_tokens=False).input_ids == [tokenizer.convert_tokens_to_ids("<|good|>")]
 
 
-def test_marks_stand_before_their_segments_and_have_their_scores():
+@pytest.mark.parametrize("where", ["memory", "files"])
+def test_marks_stand_before_their_segments_and_have_their_scores(where, tmp_path):
     tokenizer = marked_tokenizer()
     good, bad = tokenizer.convert_tokens_to_ids(["<|good|>", "<|bad|>"])
-    plain = [chunks.encode_document(tokenizer, [segment], [0.0])[0] for segment in SEGMENTS[:3]]
-    ids, scores = chunks.encode_document(tokenizer, SEGMENTS[:3], [0.0, 0.5, 1.0], [good, None, bad])
-    assert ids == [good, *plain[0], *plain[1], bad, *plain[2]]
-    assert scores == [0.0] * (1 + len(plain[0])) + [0.5] * len(plain[1]) + [1.0] * (1 + len(plain[2]))
-    documents = [
-        {"segments": SEGMENTS[i : i + 2], "scores": [0.0, 1.0]} for i in range(4)
-    ] * 200  # more than one batch of documents
-    marks = [[good if i % 2 else None, bad] for i in range(len(documents))]
-    got = list(chunks.encode_documents(tokenizer, documents, iter(marks)))
-    assert got == [chunks.encode_document(tokenizer, d["segments"], d["scores"], m) for d, m in zip(documents, marks)]
-    with pytest.raises(ValueError, match=r"shorter|longer"):
-        chunks.encode_document(tokenizer, ["a", "b"], [0.0])
+    plain = [tokens_alone(tokenizer, [segment]) for segment in SEGMENTS[:3]]
+    document = {"segments": SEGMENTS[:3], "scores": [0.0, 0.5, 1.0]}
+    whole = [good, *plain[0], *plain[1], bad, *plain[2], tokenizer.eos_token_id]
+    (ids, scores, left), _ = chunked(tokenizer, [document], len(whole), [[good, None, bad]])
+    assert ids[0].tolist() == whole
+    expected = [0.0] * (1 + len(plain[0])) + [0.5] * len(plain[1]) + [1.0] * (2 + len(plain[2]))
+    assert scores[0].tolist() == expected
+    assert left == 0
+    rng = random.Random(0)
+    some = [" ".join(rng.choices(["ab", "x", "é", "xx"], k=rng.randint(1, 9))) for _ in range(90)]
+    documents = Documents.of(fresh(some))
+    if where == "files":
+        stored(tmp_path, some=some)
+        documents = Documents(corpus.stored(None, texts.sha256_of_texts(some), scorer_of(), tmp_path), range(90))
+    documents = documents.subset([i for i in range(90) if i % 4])
+    marks = [[rng.choice([good, bad, None]) for _ in d["segments"]] for d in documents]
+    for context in (2, 7, 64):
+        assert_same(*chunked(tokenizer, documents, context, marks))
+    with pytest.raises(ValueError, match="2 marks for 3 segments"):
+        chunked(tokenizer, [document], 4, [[good, bad]])
 
 
 def test_a_tokenizers_own_truncation_cuts_nothing():
     tokenizer = marked_tokenizer()
     tokenizer.backend_tokenizer.enable_truncation(2)
     tokenizer.backend_tokenizer.enable_padding(length=9)
-    ids, _ = chunks.encode_document(tokenizer, ["a long segment of text", " x"], [0.0, 0.0])
+    ids = tokens_alone(tokenizer, ["a long segment of text", " x"])
     assert tokenizer.decode(ids) == "a long segment of text x"
 
 
+# -- tokens in files
+
+
+def folder_of(tmp_path: Path, some=TEXTS):
+    """The texts, scored, in a folder."""
+    stored(tmp_path, some=some)
+    return corpus.stored(None, texts.sha256_of_texts(some), scorer_of(), tmp_path)
+
+
+def test_tokens_in_files_are_those_of_the_plain_road(tmp_path, monkeypatch):
+    """By several processes, and in blocks smaller than some documents."""
+    store, tokenizer = folder_of(tmp_path), models.byte_tokenizer()
+    monkeypatch.setattr(tokens, "AT_A_TIME", 40)
+    in_parallel = scorers.in_parallel
+    monkeypatch.setattr(scorers, "processors", lambda: 2)
+    monkeypatch.setattr(scorers, "in_parallel", lambda f, items, workers, size: in_parallel(f, items, 2, size))
+    everything = Documents(store, range(30))
+    for documents in (everything, everything.subset([0, 3, 4, 17, 29])):
+        for context in (2, 5, 16):
+            assert_same(*chunked(tokenizer, documents, context))
+    packed = chunks.Chunks(tokens.tokens_of(tokenizer, store), everything, tokenizer.eos_token_id, 8)
+    ids, scores = packing.pack(tokenizer, everything, 8)[:2]
+    numbers = [5, 0, len(packed) - 1, 5]
+    assert packed[numbers][0].tolist() == ids[numbers].tolist()
+    assert packed[numbers][1].tolist() == scores[numbers].tolist()
+    assert torch.cat([block for _, block in packed.blocks(16)]).tolist() == scores.tolist()
+    assert packed.view(lambda ids, scores: ids)[2:5].tolist() == ids[2:5].tolist()
+
+
+def test_tokens_are_made_once_for_each_tokenizer(tmp_path, monkeypatch):
+    """Another vocabulary has others; control tokens change none, nor does saving and loading."""
+    store, made = folder_of(tmp_path), []
+    write = tokens.write_tokens
+    monkeypatch.setattr(tokens, "write_tokens", lambda *words: made.append(1) or write(*words))
+    segments = [segment for d in fresh() for segment in d["segments"]]
+    small, large = (chunks.train_tokenizer(iter(segments), size) for size in (258, 270))
+    for tokenizer, count in ((small, 1), (large, 2), (small, 2), (large, 2)):
+        assert_same(*chunked(tokenizer, Documents(store, range(30)), 4))
+        assert len(made) == count
+    small.save_pretrained(tmp_path / "saved")
+    small.add_tokens(["<|good|>", "<|bad|>"], special_tokens=True)
+    assert_same(*chunked(small, Documents(store, range(30)), 4))
+    tokens.tokens_of(loading.load_tokenizer(str(tmp_path / "saved")), store)
+    assert len(made) == 2
+    assert tokens.tokens_of(small, store).ids.dtype == "uint16"
+
+
+def test_tokens_of_which_a_kill_left_some_are_made_anew(tmp_path, monkeypatch):
+    store, tokenizer = folder_of(tmp_path), models.byte_tokenizer()
+
+    def killed(tokenizer, source, columns):
+        columns["scores"].append([0.5])
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokens, "write_tokens", killed)
+        with pytest.raises(Killed):
+            tokens.tokens_of(tokenizer, store)
+    assert list(store.folder.glob("tokens-*.part"))
+    assert not [path for path in store.folder.glob("tokens-*") if path.suffix not in {".part", ".lock"}]
+    assert_same(*chunked(tokenizer, Documents(store, range(30)), 4))
+    assert not list(store.folder.glob("tokens-*.part"))
+
+
+def peak_of(tmp_path: Path, count: int, tokenizer) -> int:
+    """Bytes at the peak while a corpus of texts of 2,000 characters is prepared and read."""
+    path = tmp_path / f"{count}.jsonl"
+    with path.open("w") as file:
+        for i in range(count):
+            file.write(json.dumps({"text": f"{i} {'word ' * 400}"}) + "\n")
+    tracemalloc.start()
+    try:
+        words = arguments(tmp_path, data=str(path), holdout=0.1)
+        splits, _ = corpus.load_corpus(**words, say=silent)
+        corpus.threshold_of(splits["train"], None, 0.5)
+        marks = {"train": ([i % 5 + 3 for i, _ in enumerate(d["scores"])] for d in splits["train"])}
+        for packed in chunks.make_chunks(tokenizer, splits, marks, 16, silent).values():
+            for _ in packed.blocks(1 << 10):
+                pass
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path, words, monkeypatch):
+    """Of what is added a document costs some numbers: its text, scores and tokens stay in files."""
+    monkeypatch.setattr("pretraining.documents.SEGMENTS_AT_A_TIME", 1 << 11)
+    monkeypatch.setattr(tokens, "AT_A_TIME", 1 << 12)
+    monkeypatch.setattr(scorers, "processors", lambda: 1)
+    tokenizer = models.byte_tokenizer()
+    peak_of(tmp_path, 20, tokenizer)  # what the first use of a library takes
+    few, many = (peak_of(tmp_path, count, tokenizer) for count in (40, 200))
+    assert many - few < 0.25 * 160 * 2000
+
+
+def mapped_memory() -> int:
+    """Bytes of files that are mapped and in memory."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("needs /proc")
+    return next(1024 * int(line.split()[1]) for line in status.read_text().splitlines() if "RssFile" in line)
+
+
+def test_mapped_pages_are_given_back(tmp_path):
+    count = 1 << 24
+    for name, dtype in (("ids", "uint16"), ("scores", "float32")):
+        arrays.np.zeros(count, dtype).tofile(tmp_path / name)
+    ids, scores = (arrays.mapped(tmp_path / name, dtype) for name, dtype in (("ids", "uint16"), ("scores", "float32")))
+    found = tokens.Tokens(ids, scores, arrays.np.array([count]), arrays.np.array([count]), None)
+    packed = chunks.Chunks(found, Documents.of([{"segments": ["."], "scores": [0.0]}]), 2, 64)
+    before = mapped_memory()
+    for start in range(0, len(packed), 256):
+        packed[range(start, start + 256) if start + 256 < len(packed) else [0]]
+    assert mapped_memory() - before < 20 << 20  # of 96 MiB
+    assert packed[[len(packed) - 1]][0].sum() == 0
+
+
+def test_a_large_vocabulary_has_room(tmp_path):
+    """Ids beyond 65,535 are not cut to two bytes."""
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers import models as kinds
+    from transformers import PreTrainedTokenizerFast
+
+    names = {f"w{i}": i for i in range(70_000)}
+    words = Tokenizer(kinds.WordLevel(names | {"<eos>": 70_000}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>")
+    store = folder_of(tmp_path, ["w69999 w5 w65536"])
+    found = tokens.tokens_of(tokenizer, store)
+    assert found.ids.tolist() == [69_999, 5, 65_536]
+    assert found.ids.dtype == "int32"
+
+
 def test_a_tokenizer_trained_on_the_corpus():
-    texts = [
+    lines_of_texts = [
         Path(__file__).read_text(encoding="utf-8").split("\n"),
         ["café 🙂 <|endoftext|>", "\ttabs", "\n\n    four"],
     ]
-    segments = [f"\n{line}" for lines in texts for line in lines]
+    segments = [f"\n{line}" for lines in lines_of_texts for line in lines]
     tokenizer = chunks.train_tokenizer(iter(segments), 600)
     assert tokenizer.get_vocab() == chunks.train_tokenizer(iter(segments), 600).get_vocab()
     assert len(tokenizer) == 600
     assert json.loads(tokenizer.backend_tokenizer.to_str()) == json.loads(
         chunks.train_tokenizer(iter(segments), 600).backend_tokenizer.to_str()
     )
-    assert tokenizer.eos_token == corpus.EOS
+    assert tokenizer.eos_token == texts.EOS
     assert tokenizer.pad_token_id not in {None, tokenizer.eos_token_id}
     assert not {"<|good|>", "<|bad|>"} & set(tokenizer.get_vocab())
-    ids, _ = chunks.encode_document(tokenizer, segments, [0.0] * len(segments))
+    ids = tokens_alone(tokenizer, segments)
     assert tokenizer.decode(ids) == "".join(segments)
     assert tokenizer.eos_token_id not in ids
     assert len(ids) < 0.6 * len("".join(segments))
     unseen = "\x00 ÿ 漢字 \u2028\r"
-    assert tokenizer.decode(chunks.encode_document(tokenizer, [unseen], [0.0])[0]) == unseen
+    assert tokenizer.decode(tokens_alone(tokenizer, [unseen])) == unseen
     with pytest.raises(InputError, match="--vocabulary 200"):
         chunks.train_tokenizer(iter(segments), 200)
 
 
 def test_a_tokenizer_that_is_given(tmp_path, preference_data):
-    documents = [{"segments": SEGMENTS, "scores": [0.0] * len(SEGMENTS)}]
+    documents = Documents.of([{"segments": SEGMENTS, "scores": [0.0] * len(SEGMENTS)}])
     tokenizer = chunks.choose_tokenizer("pii", str(preference_data / "tokenizers/gpt2"), 300, documents)
     assert len(tokenizer) == 50257
-    assert tokenizer.decode(chunks.encode_document(tokenizer, SEGMENTS, [0.0] * len(SEGMENTS))[0]) == "".join(SEGMENTS)
+    assert tokenizer.decode(tokens_alone(tokenizer, SEGMENTS)) == "".join(SEGMENTS)
     with pytest.raises(InputError, match="does not come back as it was"):  # it puts a space before every text
         chunks.choose_tokenizer("pii", str(preference_data / "models/stories260K"), 300, documents)
     with pytest.raises(InputError, match="--tokenizer"):
@@ -503,17 +816,38 @@ def test_a_tokenizer_that_is_given(tmp_path, preference_data):
 
 
 def test_documents_are_joined_by_eos_and_cut_without_padding():
-    encoded = [([5, 6, 7], [0.1, 0.1, 0.2]), ([], []), ([8], [0.5]), ([9, 9, 9, 9], [0.0, 0.0, 1.0, 1.0])]
-    ids, scores, left = chunks.pack(iter(encoded), 2, 4)
-    assert ids.tolist() == [[5, 6, 7, 2], [8, 2, 9, 9]]
-    assert ids.dtype == torch.int64
+    def of(ids, scores, counts):
+        """Documents of these segments' scores, and their tokens."""
+        documents = Documents.of([{"segments": ["."] * len(s), "scores": s} for s in scores])
+        found = [t for d in ids for t in d], [s for d, n in zip(scores, counts) for s in arrays.np.repeat(d, n)]
+        ends = arrays.np.cumsum([len(d) for d in ids])
+        each = arrays.np.array([n for d in counts for n in d])
+        return tokens.Tokens(
+            arrays.np.array(found[0]), arrays.np.array(found[1], "float32"), ends, each, None
+        ), documents
+
+    ids = [[5, 6, 7], [], [8], [9, 9, 9, 9]]
+    everything = of(ids, [[0.1, 0.2], [0.7], [0.5], [0.0, 1.0]], [[2, 1], [0], [1], [2, 2]])
+    packed = chunks.Chunks(*everything, 2, 4)
+    got, scores = packed[[0, 1]]
+    assert got.tolist() == [[5, 6, 7, 2], [8, 2, 9, 9]]
+    assert got.dtype == torch.int64
     # EOS has the last segment's score.
     torch.testing.assert_close(scores, torch.tensor([[0.1, 0.1, 0.2, 0.2], [0.5, 0.5, 0.0, 0.0]]))
-    assert left == 3
-    ids, scores, left = chunks.pack(iter(encoded), 2, 12)
-    assert ids.shape == scores.shape == (0, 12)
-    assert left == 11
+    assert (len(packed), packed.left) == (2, 3)
+    packed = chunks.Chunks(*everything, 2, 12)
+    assert (len(packed), packed.left) == (0, 11)
+    assert packed[[]][0].shape == (0, 12)
+    packed = chunks.Chunks(*everything, 2, 1, [[90, 91], [92], [None], [93, None]])
+    assert packed[range(len(packed))][0].flatten().tolist() == [90, 5, 6, 91, 7, 2, 8, 2, 93, 9, 9, 9, 9, 2]
     assert (torch.tensor([0.3, 0.1]) <= 0.3).all()  # a float32 score equal to the threshold is good
+
+
+def random_order(count: int, seed: int) -> list[int]:
+    """The numbers up to `count`, shuffled."""
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    return order
 
 
 def test_a_plan_spends_the_budget_and_uses_chunks_evenly():
@@ -524,7 +858,10 @@ def test_a_plan_spends_the_budget_and_uses_chunks_evenly():
     for epoch in range(12):
         assert sorted(order[10 * epoch : 10 * epoch + 10]) == list(range(10))
     assert order[:10] != order[10:20] != list(range(10))
-    assert plan == chunks.plan_chunks(10, 4, 30 * 4 * 64, 64, 0) != chunks.plan_chunks(10, 4, 30 * 4 * 64, 64, 1)
+    assert list(plan) == list(chunks.plan_chunks(10, 4, 30 * 4 * 64, 64, 0))
+    assert list(plan) != list(chunks.plan_chunks(10, 4, 30 * 4 * 64, 64, 1))
+    assert plan[-1] == list(plan)[29]
+    assert plan[0] == random_order(10, 0)[:4]  # the order of a list that is shuffled
     assert len(chunks.plan_chunks(3, 8, 1, 64, 0)) == 1
     assert len(chunks.plan_chunks(3, 8, 1, 64, 0)[0]) == 8
     assert len(chunks.plan_chunks(1000, 2, 3.3e3, 16, 0)) == round(3.3e3 / 32)
@@ -564,23 +901,16 @@ def test_a_new_model(toy_tokenizer, tmp_path):
 def test_random_documents_survive_the_whole_road(tmp_path):
     """Read, scored, tokenised, joined, cut: the chunks decode to the documents with EOS between."""
     rng = random.Random(0)
-    texts = [
+    some = [
         " ".join("".join(rng.choices("abx\n<|>é", k=rng.randint(1, 6))) for _ in range(rng.randint(1, 9)))
         for _ in range(40)
     ]
-    texts = [text for text in texts if text.strip()]
-    documents = corpus.scored(texts, "digest", scorer_of(), tmp_path)
+    some = [text for text in some if text.strip()]
+    documents = Documents(folder_of(tmp_path, some), range(len(some)))
     tokenizer = chunks.train_tokenizer((s for d in documents for s in d["segments"]), 280)
-    ids, scores, left = chunks.pack(chunks.encode_documents(tokenizer, documents), tokenizer.eos_token_id, 8)
-    whole = "".join(text + corpus.EOS for text in texts)
+    (ids, scores, left), expected = chunked(tokenizer, documents, 8)
+    assert_same((ids, scores, left), expected)
+    whole = "".join(text + texts.EOS for text in some)
     assert whole.startswith(tokenizer.decode(ids.flatten().tolist()).rstrip("\ufffd"))
     assert left < 8
-    by_token = [
-        s
-        for d in documents
-        for segment, score in zip(d["segments"], d["scores"])
-        for s in [score] * len(chunks.ids_of(tokenizer, [segment])[0])
-    ]
-    no_eos = ids.flatten() != tokenizer.eos_token_id
-    torch.testing.assert_close(scores.flatten()[no_eos], torch.tensor(by_token)[: int(no_eos.sum())])
-    assert len(set(by_token)) > 3
+    assert len(scores.unique()) > 3

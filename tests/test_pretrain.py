@@ -25,10 +25,10 @@ import torch
 from common import generate
 from common import models as loading
 from common import run as runs
-from pretraining import baseline, chunks, corpus, evaluate, scorers
+from pretraining import baseline, corpus, evaluate, scorers
 from pretraining import models as pretrained
 from report import curves
-from tests import models
+from tests import models, packing
 from tests.house import FAMILIES
 from tests.runs import ROOT, lines_of, model_of, start_process, weights
 from toy import documents as toy_documents
@@ -459,7 +459,7 @@ def test_held_out_lines_are_those_of_the_saved_model(tmp_path, short_toy):
     (line,) = lines_of(folder, "held_out")
     documents = toy_splits(0.3)
     tokenizer = loading.load_tokenizer(str(folder))
-    ids, scores, _ = chunks.pack(chunks.encode_documents(tokenizer, documents["held_out"]), tokenizer.eos_token_id, 16)
+    ids, scores, _ = packing.pack(tokenizer, documents["held_out"], 16)
     with torch.no_grad():
         assert (
             line["loss"]
@@ -630,7 +630,7 @@ def test_the_end_tables_numbers_on_a_bigram_table(bigram, tmp_path, short_toy):
     """
     tokenizer, table = bigram.tokenizer, bigram.table
     documents = toy_splits(0.3)
-    ids, scores, _ = chunks.pack(chunks.encode_documents(tokenizer, documents["held_out"]), tokenizer.eos_token_id, 16)
+    ids, scores, _ = packing.pack(tokenizer, documents["held_out"], 16)
     ids, scores = ids[:, :-2], scores[:, :-2]
     # The first token of a chunk is not counted, the last two make room for a prefix.
     logps = table[ids[:, :-1], ids[:, 1:]]

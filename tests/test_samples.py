@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from common.metrics import mean_and_error
-from pretraining import chunks, diversity, evaluate, likelihood, sampling
+from pretraining import diversity, evaluate, likelihood, sampling
 from pretraining import red_team as red_teaming
+from pretraining.tokens import ids_of
 from tests import models
 from toy import world
 
@@ -90,7 +91,7 @@ def test_texts_without_eos_and_control_tokens():
     eos = tokenizer.eos_token_id
 
     def ids(text: str) -> list[int]:
-        return chunks.ids_of(tokenizer, [text])[0]
+        return ids_of(tokenizer, [text])[0]
 
     line = [good, *ids(" x = 1"), good, *ids("\ny = <|good|>"), bad]
     assert (
@@ -202,11 +203,11 @@ def test_a_teacher_with_another_tokenizer(bigram, toy_tokenizer):
     moved[place[:, None], place[None, :]] = table  # the same distribution in the other numbering
     teacher = models.bigram_model(moved)
     texts = ["the capital of france is paris .", "dogs bark ."]
-    drawn = [[*chunks.ids_of(other, [text])[0], *end] for text, end in zip(texts, ([2], []))]
+    drawn = [[*ids_of(other, [text])[0], *end] for text, end in zip(texts, ([2], []))]
     got = likelihood.kl_of_texts(teacher, other, bigram.load(), toy_tokenizer, drawn, [2])
     expected = []
     for text, end in zip(texts, ([2], [])):
-        ids = [*chunks.ids_of(toy_tokenizer, [text])[0], *end]
+        ids = [*ids_of(toy_tokenizer, [text])[0], *end]
         expected.append(sum((table[a, b] - bigram.table[a, b]).item() for a, b in zip([2, *ids], ids)))
     assert got["kl_to_teacher"] == pytest.approx(sum(expected) / 2, abs=1e-4)
     assert likelihood.kl_of_texts(teacher, other, bigram.load(), toy_tokenizer, [[]], [2]) == {
@@ -280,7 +281,7 @@ class Attack:
             assert all(line[0] == tokenizer.eos_token_id == line[-1] for line in prompts)
             shown = [tokenizer.decode(line).split(tokenizer.eos_token)[1:-1] for line in prompts]
             self.shown += [[text.strip() for text in texts] for texts in shown]
-            return chunks.ids_of(tokenizer, [self.writes(texts) for texts in self.shown[-len(prompts) :]])
+            return ids_of(tokenizer, [self.writes(texts) for texts in self.shown[-len(prompts) :]])
         assert all(line[:2] == [2, 9] for line in prompts)  # the target's prefix stands before each prompt
         return [line[2:] for line in prompts]
 
@@ -375,7 +376,7 @@ def test_red_team_of_a_model_by_itself(toy_tokenizer):
         **words,
     )
     used = set(
-        chunks.ids_of(
+        ids_of(
             toy_tokenizer,
             [" ".join([*seen, *(prompt for prompt, _ in found["prompts"] if prompt != "the capital of")])],
         )[0]

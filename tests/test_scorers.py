@@ -2,9 +2,15 @@
 against its package asked directly.
 """
 
+import multiprocessing
+import os
 import random
+import signal
 import subprocess
 import sys
+import time
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -285,3 +291,67 @@ def test_several_processes_score_as_one_does():
     assert list(scorers.in_parallel(scorers.pep8_segments, texts, 2)) == list(map(scorers.pep8_segments, texts))
     many = texts * (1 + 400_000 // sum(map(len, texts)))
     assert scorers.load_scorer("pep8").whole(many) == list(map(scorers.pep8, texts)) * (len(many) // len(texts))
+
+
+def test_many_items_wait_in_no_memory(monkeypatch):
+    """They are asked for as the processes come to them, and come back in order."""
+    monkeypatch.setattr(scorers, "processors", lambda: 2)
+    asked = []
+    items = (asked.append(i) or "x" * 60_000 for i in range(40))
+    lengths = scorers.in_parallel(len, items, 2)
+    assert next(lengths) == 60_000
+    assert len(asked) <= 12  # five bundles of two, and what was begun
+    assert list(lengths) == [60_000] * 39
+
+
+def test_a_process_that_is_killed_ends_the_work_in_one_sentence(monkeypatch):
+    monkeypatch.setattr(scorers, "processors", lambda: 2)
+    with pytest.raises(InputError, match="was killed, perhaps for want of memory"):
+        list(scorers.in_parallel(killed, ["x"] * 3, 2))
+
+
+def killed(text: str) -> None:
+    """Ends its process."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_processes_end_with_the_one_that_started_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(scorers, "processors", lambda: 2)
+    process = multiprocessing.get_context("fork").Process(target=work_for_long, args=(tmp_path,))
+    process.start()
+    wait_until(lambda: len(list(tmp_path.iterdir())) >= 1)
+    process.kill()
+    process.join()
+    workers = [int(path.name) for path in tmp_path.iterdir()]
+    wait_until(lambda: not any(map(is_alive, workers)))
+    left = [pid for pid in workers if is_alive(pid)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
+
+
+def work_for_long(folder) -> None:
+    """Two processes that leave their numbers in a folder."""
+    list(scorers.in_parallel(partial(leave_number, folder), ["x" * 100_000] * 600, 2))
+
+
+def leave_number(folder, text: str) -> None:
+    (folder / str(os.getpid())).touch()
+    time.sleep(0.1)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether there is a process of that number."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{pid}/stat")
+    return not status.exists() or status.read_text().split()[2] != "Z"  # ended, and nobody has asked how
+
+
+def wait_until(condition) -> None:
+    """Waits for a condition, twenty seconds at most."""
+    deadline = time.monotonic() + 20
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.1)
