@@ -266,15 +266,15 @@ def main(args: Args) -> None:
     marks: dict = {}  # control tokens of each split: none
     # [/method]
     flops_per_token = flops.training_flops(model, args.context)
-    run.prepare(model.train(), dynamic=None)
 
     # Chunks of tokens, and the order in which training sees them.
     ids, scores = chunks.make_chunks(tokenizer, documents, marks, args.context)  # {split: [chunks, context]}
     count = {split: len(ids[split]) for split in ids}
     targets = args.context - 1  # in each chunk
     plan = chunks.plan_chunks(count["train"], args.batch_size, args.tokens, args.context, args.seed, args.max_steps)
-    logps_of = models.bind_forward(model, target_logps)
-    output_layer = choose_output_layer(logps_of, model, ids["train"][0].to(run.device), tokenizer.pad_token_id)
+    chunk, logps_of = ids["train"][0].to(run.device), partial(target_logps, model)
+    output_layer = choose_output_layer(logps_of, model, chunk, tokenizer.pad_token_id)
+    run.prepare(model.train(), dynamic=None)
     batch_of = partial(chunks.batch_of, ids, scores, output_layer, run.device)
     plain_folder = baseline.baseline_folder(args, run.script, facts["sha256"], run.device)
     facts |= {"threshold": threshold, "good_share": good_share, "chunks": count["train"]}

@@ -200,7 +200,8 @@ class Run:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if self._args.compile:
             model.base_model.compile(dynamic=dynamic)
-        return shard(model) if world_size() > 1 else model
+        dtype = self.dtype if self.device.type == "cuda" else torch.float32  # CPU norms want float32 weights
+        return shard(model, dtype) if world_size() > 1 else model
 
     def explain(self, kind, error, trace) -> None:
         """For Python to call at the end: one sentence where the disk is full, and for Ctrl-C
@@ -268,7 +269,9 @@ class Run:
         return learning_rate(step, self.total, self._args.lr, self._args.warmup)
 
     def steps(self, plan: list[list]):
-        """(step, its rows) for what is left of a plan; Ctrl-C and SIGTERM end the step and save."""
+        """(step, its rows) for what is left of a plan; Ctrl-C and SIGTERM end the step and save.
+
+        Several processes stop at the next step whose metrics are read."""
         from tqdm import tqdm
 
         def stop(number, frame):
@@ -321,8 +324,10 @@ class Run:
         self.tokens += tokens
         norm = grad_norm.detach().to(self.device)  # on the CPU where a step had no gradient
         self._pending[-1] |= {"step": self.step, "count": count, "grad_norm": norm, "lr": lr}
-        self.stopping = self._agreed_stop()
-        if self.is_time_to_save() or self.is_time(self._args.log_every) or self.is_time(self._args.eval_every):
+        reads = any(map(self.is_time, (self._args.save_every, self._args.log_every, self._args.eval_every)))
+        # Asked at each step, several processes would wait for the device and for each other.
+        self.stopping = self._agreed_stop() if reads or world_size() == 1 else 0
+        if reads or self.stopping:
             self._read_metrics()
         if self.is_time(self._args.log_every):
             steps = self._window
