@@ -222,7 +222,6 @@ def main(args: Args) -> None:
     plain = partial(completion_logps, model)
     layout = oracle.choose_layout(plain, model, splits, pad_id, run.device, share_prompt=False)
     run.prepare(model.train())
-    logps_of = models.bind_forward(model, completion_logps)
     run.pin_sources(ref_folder, data_sha256)
     batch_of = partial(batches.collate, pad_id=pad_id, layout=layout, device=run.device)
 

@@ -200,18 +200,18 @@ def pair_rows(length: int, count: int, vocabulary: int) -> list[dict]:
 
 
 def ours(folder: str, steps: list[list[dict]]) -> dict:
-    """dpo's loop in bfloat16: seconds of a step, of the reference, first loss and log-probabilities."""
+    """dpo's loop in bfloat16: seconds of a step with its reference, first loss and
+    log-probabilities.
+    """
     model = models.load_model(folder, DEVICE).train()
     rows = [row for rows in steps for row in rows]
     layout = oracle.choose_layout(partial(no_grad_logps, model), model, {"train": rows}, PAD, DEVICE, True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-    measured, reference = Measurements(), []
+    measured = Measurements()
     peak_bytes()
     for rows in steps:
-        start = wait()
         with autocast():
             ref = no_grad_logps(model, batches.collate(rows, PAD, layout, DEVICE)).float()
-        reference.append(wait() - start)
         batch = batches.collate(rows, PAD, layout, DEVICE)
         batch["ref_chosen_logps"], batch["ref_rejected_logps"] = ref.chunk(2)
         with autocast():
@@ -223,8 +223,7 @@ def ours(folder: str, steps: list[list[dict]]) -> dict:
         measured.losses.append(metrics["loss"] / len(rows))
         measured.logps = measured.logps or ref.tolist()
         measured.end_step(DEVICE)
-        measured.reference.append(reference[-1])
-    # The reference is computed once for an epoch: its time is between two ends of steps, and counts.
+    # The reference is computed once for an epoch: its time lies between steps, and counts.
     return summary(measured, steps) | {"layout": layout}
 
 

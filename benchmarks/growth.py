@@ -1,4 +1,4 @@
-"""What a training step costs as lines grow longer, batches larger, rows more and vocabularies wider:
+"""What a training step costs as lines grow longer, batches larger, rows more, vocabularies wider:
 nothing but attention may grow with a square.
 
     python -m benchmarks.growth            about five CPU minutes; writes results/growth.json, .png
@@ -127,7 +127,7 @@ def by_vocabulary(words: int, repeats: int) -> dict[str, float]:
 
 
 def by_rows(count: int, repeats: int) -> dict[str, float]:
-    """What is done once for all rows: an epoch's plan, columns, and a pass that computes nothing."""
+    """What is done once for all rows: an epoch's plan, columns, a pass that computes nothing."""
     rng = random.Random(0)
     rows = batches.Rows(
         {"prompt": [5] * rng.randint(4, 64), "completions": [[6] * rng.randint(1, 32), [7] * rng.randint(1, 32)]}
@@ -195,7 +195,9 @@ def measure(args: Args) -> dict:
         found[name] = {"sizes": sizes, "cpu_seconds": curves, "exponents": slopes}
         for part, seconds in curves.items():
             words = " ".join(f"{value:.3g}" for value in seconds)
-            print(f"{name:>10} {sizes[0]:,} to {sizes[-1]:,}, {part}: {words} s; exponent {slopes[part]:.2f}", flush=True)
+            print(
+                f"{name:>10} {sizes[0]:,} to {sizes[-1]:,}, {part}: {words} s; exponent {slopes[part]:.2f}", flush=True
+            )
     return found
 
 

@@ -1,5 +1,5 @@
-"""Memory of one training step by size of the model and number of GPUs, computed; and measured beside
-the computation where a model is at hand.
+"""Memory of one training step by size of the model and number of GPUs, computed; and measured
+beside the computation where a model is at hand.
 
     python -m benchmarks.memory                          the table, in two minutes on any machine
     python -m benchmarks.memory --measure MODEL_FOLDER   a step on the CPU in float32, beside it
@@ -15,7 +15,8 @@ output layer and final norm, B in a block, M in matrices:
                   its gradient in bfloat16 and in the float32 that it is summed in
     activations   counted: dpo.py's own loss runs on tensors without storage, with one layer and
                   with two, and every tensor that is kept for the backward pass counts once
-    loading        4 P: each process loads the whole model on its GPU before it is split
+    loading       4 P + 4 P / N: each process loads the whole model on its GPU before it is split,
+                  and the reference beside the policy's share, for the samples at the end at least
 
 The total is what is larger, loading or the others together. What is left out: the driver (about
 0.5 GB), what the allocator loses to fragments, and tensors that live for one operation.
@@ -158,8 +159,7 @@ def memory(counts: Counts, gpus: int, second_model: bool, recompute: bool, narro
     if gpus > 1:
         parts["copies"] = 8.0 * counts.root + 2 * counts.root_matrices + 10 * counts.block
     parts["activations"] = counts.recomputed if recompute else counts.activations
-    first = parts["state"] if second_model else 0.0
-    return parts | {"loading": 4.0 * counts.parameters + first, "total": sum(parts.values())}
+    return parts | {"loading": 4.0 * counts.parameters * (1 + 1 / gpus), "total": sum(parts.values())}
 
 
 def table(args: Args) -> list[dict]:

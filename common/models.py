@@ -183,17 +183,15 @@ def bind_forward(model, function):
 def shard(model, dtype: torch.dtype = torch.float32):
     """Splits weights, gradients and optimiser state over all processes, block by block.
 
-    In bfloat16 the blocks are gathered so, under autocast; what is kept, summed and optimised stays
-    float32. Nothing is cast at a block's border: that would round the residual stream. Embeddings,
-    output layer and heads are gathered in float32: they sum over tokens, and into that stream."""
+    dtype: what blocks are gathered in, under autocast; nothing is kept, summed, optimised in it."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    is_narrow, blocks = dtype != torch.float32, set(getattr(model, "_no_split_modules", None) or [])
-    policy = MixedPrecisionPolicy(dtype if is_narrow else None, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    blocks = set(getattr(model, "_no_split_modules", None) or [])
+    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)  # a cast rounds the residual stream
     for module in model.modules():
         if type(module).__name__ in blocks:
             fully_shard(module, mp_policy=policy)
-    # The root reshards too: passes without a backward would leave its weights gathered.
+    # The root stays float32, and reshards too: passes without a backward would leave it gathered.
     return fully_shard(model, reshard_after_forward=True)
 
 

@@ -269,9 +269,7 @@ class Run:
         return learning_rate(step, self.total, self._args.lr, self._args.warmup)
 
     def steps(self, plan: list[list]):
-        """(step, its rows) for what is left of a plan; Ctrl-C and SIGTERM end the step and save.
-
-        Several processes stop at the next step whose metrics are read."""
+        """(step, its rows) for what is left of a plan; Ctrl-C and SIGTERM end the step and save."""
         from tqdm import tqdm
 
         def stop(number, frame):
@@ -325,8 +323,7 @@ class Run:
         norm = grad_norm.detach().to(self.device)  # on the CPU where a step had no gradient
         self._pending[-1] |= {"step": self.step, "count": count, "grad_norm": norm, "lr": lr}
         reads = any(map(self.is_time, (self._args.save_every, self._args.log_every, self._args.eval_every)))
-        # Asked at each step, several processes would wait for the device and for each other.
-        self.stopping = self._agreed_stop() if reads or world_size() == 1 else 0
+        self.stopping = self._agreed_stop() if reads or world_size() == 1 else 0  # to ask is to wait for the device
         if reads or self.stopping:
             self._read_metrics()
         if self.is_time(self._args.log_every):

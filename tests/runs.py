@@ -198,7 +198,7 @@ def in_processes(count: int, work, timeout: float = 120) -> list:
         place = {"WORLD_SIZE": count, "RANK": number, "LOCAL_RANK": number}
         os.environ.update({name: str(value) for name, value in place.items()})
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        with mock.patch.object(torch.cuda, "is_available", lambda: False):
+        with mock.patch.object(torch.cuda, "is_available", return_value=False):
             try:
                 value = work()
             except SystemExit as stopped:

@@ -18,7 +18,7 @@ from tests.runs import gpt2_like, lines_of, resume, toy_examples, train, weights
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch wants for sums in one order
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 gpu = pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])
-# The CPU's tests stand for themselves where there is no GPU; where there is one, a run would take it.
+# Where there is a GPU a run would take it.
 cpu = pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a run takes the GPU"))
 every_device = pytest.mark.parametrize("device", [cpu, gpu])
 

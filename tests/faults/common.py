@@ -325,8 +325,8 @@ TABLE = [
     Mutant(
         "sharded blocks are gathered in float32",
         (MODELS,),
-        "MixedPrecisionPolicy(dtype if is_narrow else None,",
-        "MixedPrecisionPolicy(None,",
+        "MixedPrecisionPolicy(dtype, torch",
+        "MixedPrecisionPolicy(torch.float32, torch",
         PROCESSES_TEST + "test_blocks_are_gathered_in_bfloat16_and_all_that_is_kept_is_float32",
     ),
     Mutant(
