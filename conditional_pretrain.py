@@ -302,15 +302,15 @@ def main(args: Args) -> None:
     marks: dict = {split: marks_of(documents[split], seed=f"{args.seed} {split}") for split in documents}
     # [/method]
     flops_per_token = flops.training_flops(model, args.context)
-    run.prepare(model.train(), dynamic=None)
 
     # Chunks of tokens, and the order in which training sees them.
     packed = chunks.make_chunks(tokenizer, documents, marks, args.context)  # {split: chunks}, in files
     count = {split: len(packed[split]) for split in packed}
     targets = args.context - 1  # in each chunk
     plan = chunks.plan_chunks(count["train"], args.batch_size, args.tokens, args.context, args.seed, args.max_steps)
-    logps_of = models.bind_forward(model, target_logps)
-    output_layer = choose_output_layer(logps_of, model, packed["train"].first().to(run.device), tokenizer.pad_token_id)
+    chunk, logps_of = packed["train"].first().to(run.device), partial(target_logps, model)
+    output_layer = choose_output_layer(logps_of, model, chunk, tokenizer.pad_token_id)
+    run.prepare(model.train(), dynamic=None)
     batch_of = partial(chunks.batch_of, packed, output_layer, run.device)
     plain_folder = baseline.baseline_folder(args, run.script, facts["sha256"], run.device)
     facts |= {"threshold": threshold, "good_share": good_share, "chunks": count["train"]}

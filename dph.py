@@ -354,8 +354,6 @@ def main(args: Args) -> None:
     if args.freeze_backbone:
         model.requires_grad_(False).score.requires_grad_(True)
     # [/method]
-    run.prepare(model.train())
-    logps_of = models.bind_forward(model, completion_logps)
 
     # The rows, and the order in which training sees them.
     max_length = models.length_limit(args.max_length, model)
@@ -364,7 +362,9 @@ def main(args: Args) -> None:
     plan = batches.plan_batches(splits["train"], args.batch_size, args.epochs, args.max_steps, args.seed)
     splits["train"], plan = batches.planned_rows(splits["train"], plan)
     pad_id = tokenizer.pad_token_id
-    layout = oracle.choose_layout(logps_of, model, splits, pad_id, run.device, args.share_prompt)
+    plain = partial(completion_logps, model)
+    layout = oracle.choose_layout(plain, model, splits, pad_id, run.device, args.share_prompt)
+    run.prepare(model.train())
     run.pin_sources(ref_folder, data_sha256)
     batch_of = partial(batches.collate, pad_id=pad_id, layout=layout, device=run.device)
 

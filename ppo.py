@@ -556,13 +556,6 @@ def main(args: Args) -> None:
     weights_folder = run.checkpoint or ref_folder
     value_head = models.load_weights(weights_folder, "value.weight", "value.bias")
     model = add_critic(models.load_model(weights_folder, run.device, tokenizer), value_head)
-    run.prepare(model.train())
-    ref_model = run.prepare(models.load_model(ref_folder, run.device, tokenizer).eval().requires_grad_(False))
-    numbers = {"clip": args.clip, "value_clip": args.value_clip, "vf_coef": args.vf_coef}
-    compute = partial(models.bind_forward(model, compute_loss), **numbers)
-    logps_of = models.bind_forward(model, completion_logps)
-    policy_of = models.bind_forward(model, logps_and_values)
-    ref_of = models.bind_forward(ref_model, logps_and_values)
 
     # The prompts, and the order in which training sees them.
     max_length = models.length_limit(args.max_length, model)
@@ -572,9 +565,16 @@ def main(args: Args) -> None:
     longest = {"longest": [longest_row(splits, tokenizer.eos_token_id)]}
     splits["train"], plan = batches.planned_rows(splits["train"], plan)
     pad_id = tokenizer.pad_token_id
-    layout = oracle.choose_layout(logps_of, model, longest, pad_id, run.device, share_prompt=False)
+    plain = partial(completion_logps, model)
+    layout = oracle.choose_layout(plain, model, longest, pad_id, run.device, share_prompt=False)
     if layout == "model_head":
         raise SystemExit(f"--model {args.model}: its output layer scales or caps logits, which ppo.py does not do.")
+    run.prepare(model.train())
+    ref_model = run.prepare(models.load_model(ref_folder, run.device, tokenizer).eval().requires_grad_(False))
+    numbers = {"clip": args.clip, "value_clip": args.value_clip, "vf_coef": args.vf_coef}
+    compute = partial(models.bind_forward(model, compute_loss), **numbers)
+    policy_of = models.bind_forward(model, logps_and_values)
+    ref_of = models.bind_forward(ref_model, logps_and_values)
     run.pin_sources(ref_folder, data_sha256)
     batch_of = partial(batches.collate, pad_id=pad_id, layout=layout, device=run.device)
     names = "; test reward: ".join(filter(None, [args.reward, args.test_reward]))

@@ -211,8 +211,6 @@ def main(args: Args) -> None:
     ref_folder = models.resolve_model(args.model, args.seed)
     tokenizer = models.load_tokenizer(ref_folder)
     model = models.load_model(run.checkpoint or ref_folder, run.device, tokenizer)
-    run.prepare(model.train())
-    logps_of = models.bind_forward(model, completion_logps)
 
     # The rows, and the order in which training sees them.
     max_length = models.length_limit(args.max_length, model)
@@ -221,7 +219,9 @@ def main(args: Args) -> None:
     plan = batches.plan_batches(splits["train"], args.batch_size, args.epochs, args.max_steps, args.seed)
     splits["train"], plan = batches.planned_rows(splits["train"], plan)
     pad_id = tokenizer.pad_token_id
-    layout = oracle.choose_layout(logps_of, model, splits, pad_id, run.device, share_prompt=False)
+    plain = partial(completion_logps, model)
+    layout = oracle.choose_layout(plain, model, splits, pad_id, run.device, share_prompt=False)
+    run.prepare(model.train())
     run.pin_sources(ref_folder, data_sha256)
     batch_of = partial(batches.collate, pad_id=pad_id, layout=layout, device=run.device)
 

@@ -455,11 +455,6 @@ def main(args: Args) -> None:
     shared = (args.data, run.device, run.autocast)
     rewards = load_rewards(args.reward, args.test_reward, load_reward, shared)
     model = models.load_model(run.checkpoint or ref_folder, run.device, tokenizer)
-    run.prepare(model.train())
-    ref_model = run.prepare(models.load_model(ref_folder, run.device, tokenizer).eval().requires_grad_(False))
-    compute = partial(models.bind_forward(model, compute_loss), kl=args.kl)
-    logps_of = models.bind_forward(model, completion_logps)
-    ref_logits_of = models.bind_forward(ref_model, completion_logits)
 
     # The prompts, and the order in which training sees them.
     max_length = models.length_limit(args.max_length, model)
@@ -469,7 +464,12 @@ def main(args: Args) -> None:
     longest = {"longest": [longest_row(splits, tokenizer.eos_token_id)]}
     splits["train"], plan = batches.planned_rows(splits["train"], plan)
     pad_id = tokenizer.pad_token_id
-    layout = oracle.choose_layout(logps_of, model, longest, pad_id, run.device, share_prompt=False)
+    plain = partial(completion_logps, model)
+    layout = oracle.choose_layout(plain, model, longest, pad_id, run.device, share_prompt=False)
+    run.prepare(model.train())
+    ref_model = run.prepare(models.load_model(ref_folder, run.device, tokenizer).eval().requires_grad_(False))
+    compute = partial(models.bind_forward(model, compute_loss), kl=args.kl)
+    ref_logits_of = models.bind_forward(ref_model, completion_logits)
     run.pin_sources(ref_folder, data_sha256)
     batch_of = partial(batches.collate, pad_id=pad_id, layout=layout, device=run.device)
     names = "; test reward: ".join(filter(None, [args.reward, args.test_reward]))

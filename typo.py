@@ -284,8 +284,6 @@ def main(args: Args) -> None:
     model = models.load_model(run.checkpoint or ref_folder, run.device, tokenizer)
     # [method]
     # [/method]
-    run.prepare(model.train())
-    logps_of = models.bind_forward(model, completion_logps)
 
     # The rows, and the order in which training sees them.
     max_length = models.length_limit(args.max_length, model)
@@ -294,14 +292,16 @@ def main(args: Args) -> None:
     plan = batches.plan_batches(splits["train"], args.batch_size, args.epochs, args.max_steps, args.seed)
     splits["train"], plan = batches.planned_rows(splits["train"], plan)
     pad_id = tokenizer.pad_token_id
-    layout = oracle.choose_layout(logps_of, model, splits, pad_id, run.device, args.share_prompt)
+    plain = partial(completion_logps, model)
+    layout = oracle.choose_layout(plain, model, splits, pad_id, run.device, args.share_prompt)
+    run.prepare(model.train())
     run.pin_sources(ref_folder, data_sha256)
     batch_of = partial(batches.collate, pad_id=pad_id, layout=layout, device=run.device)
 
     # [method]
     numbers = {"lam": args.lam, "ref_term": args.ref_term}
     compute = partial(models.bind_forward(model, compute_loss), **numbers)
-    predict_logps = partial(run.predict, logps_of, batch_of)  # rows -> [rows, 2]
+    predict_logps = partial(run.predict, models.bind_forward(model, completion_logps), batch_of)  # rows -> [rows, 2]
     if args.ref_term == "samples" and args.lam > 0:
         # The reference's weights are kept while training; its answers become a column of the rows.
         ref_model = run.prepare(models.load_model(ref_folder, run.device, tokenizer))

@@ -345,8 +345,6 @@ def main(args: Args) -> None:
         names = [f"partition.{name}" for name in ("weight", "bias", "centre", "spread")]
         # A run as --model is a new reference, whose beta log Z is learned anew.
         add_partition(model, models.load_weights(run.checkpoint, *names) if run.checkpoint else {})
-    run.prepare(model.train())
-    logps_of = models.bind_forward(model, completion_logps)
 
     # The rows, and the order in which training sees them.
     max_length = models.length_limit(args.max_length, model)
@@ -358,7 +356,9 @@ def main(args: Args) -> None:
     plan = batches.plan_batches(splits["train"], args.batch_size, args.epochs, args.max_steps, args.seed)
     splits["train"], plan = batches.planned_rows(splits["train"], plan)
     pad_id = tokenizer.pad_token_id
-    layout = oracle.choose_layout(logps_of, model, splits, pad_id, run.device, share_prompt=False)
+    plain = partial(completion_logps, model)
+    layout = oracle.choose_layout(plain, model, splits, pad_id, run.device, share_prompt=False)
+    run.prepare(model.train())
     run.pin_sources(ref_folder, data_sha256)
     batch_of = partial(batches.collate, pad_id=pad_id, layout=layout, device=run.device)
 
@@ -366,7 +366,7 @@ def main(args: Args) -> None:
     numbers = {"beta": args.beta, "beta_log_z": args.beta_log_z, "label_kind": label_kind}
     numbers |= {"positive_weight": args.positive_weight, "negative_weight": args.negative_weight}
     compute = partial(models.bind_forward(model, compute_loss), **numbers)
-    predict_logps = partial(run.predict, logps_of, batch_of)  # rows -> [rows, 1]
+    predict_logps = partial(run.predict, models.bind_forward(model, completion_logps), batch_of)  # rows -> [rows, 1]
     ref_logps = run.cached_tensors("reference", lambda: {name: predict_logps(rows) for name, rows in splits.items()})
     for name, rows in splits.items():
         rows.add_columns(("ref_logps",), ref_logps[name])

@@ -180,15 +180,18 @@ def bind_forward(model, function):
     return lambda *args, **kwargs: function(model, *args, **kwargs)
 
 
-def shard(model):
-    """Splits weights, gradients and optimiser state over all processes, block by block."""
-    from torch.distributed.fsdp import fully_shard
+def shard(model, dtype: torch.dtype = torch.float32):
+    """Splits weights, gradients and optimiser state over all processes, block by block.
+
+    dtype: what blocks are gathered in, under autocast; nothing is kept, summed, optimised in it."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     blocks = set(getattr(model, "_no_split_modules", None) or [])
+    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)  # a cast rounds the residual stream
     for module in model.modules():
         if type(module).__name__ in blocks:
-            fully_shard(module)
-    # The root reshards too: passes without a backward would leave its weights gathered.
+            fully_shard(module, mp_policy=policy)
+    # The root stays float32, and reshards too: passes without a backward would leave it gathered.
     return fully_shard(model, reshard_after_forward=True)
 
 

@@ -200,7 +200,8 @@ class Run:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if self._args.compile:
             model.base_model.compile(dynamic=dynamic)
-        return shard(model) if world_size() > 1 else model
+        dtype = self.dtype if self.device.type == "cuda" else torch.float32  # CPU norms want float32 weights
+        return shard(model, dtype) if world_size() > 1 else model
 
     def explain(self, kind, error, trace) -> None:
         """For Python to call at the end: one sentence where the disk is full, and for Ctrl-C
@@ -321,8 +322,9 @@ class Run:
         self.tokens += tokens
         norm = grad_norm.detach().to(self.device)  # on the CPU where a step had no gradient
         self._pending[-1] |= {"step": self.step, "count": count, "grad_norm": norm, "lr": lr}
-        self.stopping = self._agreed_stop()
-        if self.is_time_to_save() or self.is_time(self._args.log_every) or self.is_time(self._args.eval_every):
+        reads = any(map(self.is_time, (self._args.save_every, self._args.log_every, self._args.eval_every)))
+        self.stopping = self._agreed_stop() if reads or world_size() == 1 else 0  # to ask is to wait for the device
+        if reads or self.stopping:
             self._read_metrics()
         if self.is_time(self._args.log_every):
             steps = self._window

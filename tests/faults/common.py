@@ -21,6 +21,7 @@ DATA_TEST = "test_data.py::"
 SAMPLING_TEST = "test_sampling.py::"
 TOY_TEST = "test_toy.py::"
 EVALUATE_TEST = "test_evaluate.py::"
+PROCESSES_TEST = "test_processes.py::"
 
 TABLE = [
     Mutant(
@@ -308,10 +309,59 @@ TABLE = [
         TRAINING_TEST + "test_a_number_that_is_not_finite_stops_the_run[gradient]",
     ),
     Mutant(
+        "the residual stream is rounded at the border of each sharded block",
+        (MODELS,),
+        "cast_forward_inputs=False",
+        "cast_forward_inputs=True",
+        PROCESSES_TEST + "test_blocks_are_gathered_in_bfloat16_and_all_that_is_kept_is_float32",
+    ),
+    Mutant(
+        "embeddings and output layer are gathered in bfloat16 too",
+        (MODELS,),
+        "fully_shard(model, reshard_after_forward=True)",
+        "fully_shard(model, reshard_after_forward=True, mp_policy=policy)",
+        PROCESSES_TEST + "test_blocks_are_gathered_in_bfloat16_and_all_that_is_kept_is_float32",
+    ),
+    Mutant(
+        "sharded blocks are gathered in float32",
+        (MODELS,),
+        "MixedPrecisionPolicy(dtype, torch",
+        "MixedPrecisionPolicy(torch.float32, torch",
+        PROCESSES_TEST + "test_blocks_are_gathered_in_bfloat16_and_all_that_is_kept_is_float32",
+    ),
+    Mutant(
+        "sharded weights are kept in bfloat16",
+        (MODELS,),
+        "            fully_shard(module, mp_policy=policy)\n",
+        "            fully_shard(module.to(dtype), mp_policy=policy)\n",
+        PROCESSES_TEST + "test_blocks_are_gathered_in_bfloat16_and_all_that_is_kept_is_float32",
+    ),
+    Mutant(
+        "processes ask each other at each step whether to stop",
+        (RUN,),
+        "self._agreed_stop() if reads or world_size() == 1 else 0",
+        "self._agreed_stop()",
+        PROCESSES_TEST + "test_a_run_stops_where_metrics_are_read_and_goes_on_with_another_number_of_processes",
+    ),
+    Mutant(
+        "one process too goes on until metrics are read",
+        (RUN,),
+        "if reads or world_size() == 1 else 0",
+        "if reads else 0",
+        PROCESSES_TEST + "test_a_run_stops_where_metrics_are_read_and_goes_on_with_another_number_of_processes",
+    ),
+    Mutant(
+        "gradients of several processes are summed",
+        (BATCHES,),
+        "chunks.append((share, float(world_size)) if share else (rows[:1], 0.0))",
+        "chunks.append((share, float(world_size) ** 2) if share else (rows[:1], 0.0))",
+        PROCESSES_TEST + "test_blocks_are_gathered_in_bfloat16_and_all_that_is_kept_is_float32",
+    ),
+    Mutant(
         "a run that is told to stop saves without its last metrics",
         (RUN,),
-        "if self.is_time_to_save() or self.is_time(self._args.log_every)",
-        "if self.is_time(self._args.save_every) or self.is_time(self._args.log_every)",
+        "if reads or self.stopping:",
+        "if reads:",
         TRAINING_TEST + "test_ctrl_c_saves_and_resumes_bit_for_bit[dpo]",
     ),
     Mutant(
