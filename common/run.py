@@ -152,7 +152,7 @@ def means_of(sums: dict[str, float], count: float) -> dict[str, float]:
 
 
 class Run:
-    """A run: `device`, `dtype` (after `prepare`), `folder`, `checkpoint` (to go on from), `step`."""
+    """A run: `device`, `dtype` (after `prepare`), `folder`, `checkpoint` (to resume), `step`."""
 
     def __init__(self, args, script: str):
         self._args, self.script = args, Path(script)
