@@ -57,16 +57,21 @@ def save_model(name: str, folder: Path) -> int:
 
     TRL asks for a tokenizer; only its pad and EOS ids matter here.
     """
+    model = build_model(name)
+    model.save_pretrained(folder)
+    word_tokenizer(2).save_pretrained(folder)
+    return model.config.vocab_size
+
+
+def word_tokenizer(vocabulary: int):
+    """A tokenizer of so many words: pad, EOS and numbers."""
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    model = build_model(name)
-    model.save_pretrained(folder)
-    vocabulary = {"<pad>": PAD, "<eos>": EOS}
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<pad>"))
+    ids = {"<pad>": PAD, "<eos>": EOS} | {str(i): i for i in range(2, vocabulary)}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<pad>"))
     names = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<eos>"}
-    PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(folder)
-    return model.config.vocab_size
+    return PreTrainedTokenizerFast(tokenizer_object=words, **names)
 
 
 def make_batches(shape: str, vocabulary: int, batch_size: int, steps: int) -> list[list[dict]]:
