@@ -91,6 +91,22 @@ def test_a_difference_is_found(changed):
     assert pairs.disagreements({"ours": [run_of()], "trl": [run_of(**changed)]})
 
 
+def test_pretraining_systems_compute_the_same(tmp_path):
+    systems = ["ours", "plain"] + ["trainer"] * (importlib.util.find_spec("accelerate") is not None)
+    command = [sys.executable, "benchmarks/pretraining.py", "--tiny", "--output", str(tmp_path / "out.json")]
+    process = subprocess.run([*command, "--systems", *systems], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert {"command", "commit", "date", "machine", "threads", "versions"} <= report.keys()
+    (entry,) = report["results"]
+    losses = {name: runs[0]["losses"] for name, runs in entry["runs"].items()}
+    for name in systems:  # random ids of 512: the first loss is near log 512
+        assert losses[name][0] == pytest.approx(math.log(512), abs=0.1)
+        assert losses[name][0] == pytest.approx(losses["ours"][0], abs=1e-5)
+    assert losses["ours"][1] != losses["ours"][0]
+    assert entry["times_plain"]["median"] > 0
+
+
 def test_batches_are_those_of_the_plan():
     batches = inputs.make_batches("tiny", 512, batch_size=3, steps=2)
     assert [len(batch) for batch in batches] == [3, 3]
