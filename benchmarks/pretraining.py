@@ -154,7 +154,8 @@ def run_trainer(size: str, chunks: torch.Tensor, clock: Clock) -> None:
         def on_step_end(self, *_args, **_kwargs):
             clock.end_step(losses[-1])
 
-    rows = [{"input_ids": ids, "labels": ids} for ids in chunks]
+    labels = chunks.index_fill(1, torch.tensor([0]), -100)  # the first has no prediction, and the Trainer counts it
+    rows = [{"input_ids": ids, "labels": of_ids} for ids, of_ids in zip(chunks, labels)]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         settings = {"output_dir": folder, "per_device_train_batch_size": BATCH, "num_train_epochs": 1, "use_cpu": True}
         settings |= {"optim": "adamw_torch_fused", "learning_rate": LR, "weight_decay": 0.1, "max_grad_norm": 1.0}
