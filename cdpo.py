@@ -125,7 +125,7 @@ class TokenLogps(torch.autograd.Function):
     def backward(ctx, grad):
         logits, targets, totals = ctx.saved_tensors
         for block, y, total, g in zip(*(x.split(BLOCK) for x in (logits, targets, totals, grad[:, None]))):
-            block.copy_((block - total).exp_().mul_(-g).scatter_add_(-1, y, g))
+            block.copy_(block.to(total.dtype).sub_(total).exp_().mul_(-g).scatter_add_(-1, y, g))
         return logits, None
 
 
@@ -227,7 +227,7 @@ class Args:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of matrix products; auto: bfloat16 on GPUs that have it. Weights stay float32."""
+    """Of matrix products; auto: bfloat16 where it is fast (GPUs, AMX), but not for tiny models."""
     compile: bool = False
     """Compile the model's body with torch.compile."""
     eval_every: int = 50
@@ -271,7 +271,7 @@ def main(args: Args) -> None:
     layout = oracle.choose_layout(plain, model, splits, pad_id, run.device, args.share_prompt)
     run.prepare(model.train())
     run.pin_sources(ref_folder, data_sha256)
-    batch_of = partial(batches.collate, pad_id=pad_id, layout=layout, device=run.device)
+    batch_of = partial(batches.collate, pad_id=pad_id, layout=layout, device=run.device, dtype=run.dtype)
 
     # [method]
     # The reference's log-probabilities become columns of the rows before the first step.

@@ -81,7 +81,7 @@ class TokenLogps(torch.autograd.Function):
     def backward(ctx, grad):
         logits, targets, totals = ctx.saved_tensors
         for block, y, total, g in zip(*(x.split(BLOCK) for x in (logits, targets, totals, grad[:, None]))):
-            block.copy_((block - total).exp_().mul_(-g).scatter_add_(-1, y, g))
+            block.copy_(block.to(total.dtype).sub_(total).exp_().mul_(-g).scatter_add_(-1, y, g))
         return logits, None
 
 
@@ -178,7 +178,7 @@ class Args:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of matrix products; auto: bfloat16 on GPUs that have it. Weights stay float32."""
+    """Of matrix products; auto: bfloat16 where it is fast (GPUs, AMX), but not for tiny models."""
     compile: bool = False
     """Compile the model's body with torch.compile."""
     eval_every: int = 200

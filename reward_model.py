@@ -133,7 +133,7 @@ class Args:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of matrix products; auto: bfloat16 on GPUs that have it. Weights stay float32."""
+    """Of matrix products; auto: bfloat16 where it is fast (GPUs, AMX), but not for tiny models."""
     compile: bool = False
     """Compile the model's body with torch.compile."""
     eval_every: int = 50

@@ -12,8 +12,15 @@ from common import InputError, batches, data
 from common.fields import pair_of_row
 from common.files import read_rows
 
-# Tokens of prompt and completion
-SHAPES = {"prompt-heavy": (448, 32), "even": (192, 64), "completion-heavy": (64, 192), "tiny": (24, 8)}
+# Tokens of prompt, chosen and rejected answer; "long" as in UltraFeedback.
+SHAPES = {
+    "prompt-heavy": (448, 32, 32),
+    "even": (192, 64, 64),
+    "completion-heavy": (64, 192, 192),
+    "short": (64, 32, 32),
+    "long": (200, 300, 250),
+    "tiny": (24, 8, 8),
+}
 LONGEST = 512  # tokens of prompt and one completion of the real rows
 PAD, EOS = 0, 1  # ids are only places in a table here: the weights are random
 
@@ -27,18 +34,22 @@ def build_model(name: str):
     if name == "gpt2-small":
         return GPT2LMHeadModel(GPT2Config(**ends))
     small, tiny = llama_shape(256, 704, layers=8, heads=4), llama_shape(32, 64, layers=2, heads=2)
-    known = {"llama-19m": (small, 49_152), "tiny": (tiny, 512)}
+    known = {
+        "llama-19m": (small, 49_152),
+        "llama-135m": (llama_shape(576, 1536, 30, 9, 3), 49_152),
+        "tiny": (tiny, 512),
+    }
     if name not in known:
-        raise InputError(f"--models {name}: expected gpt2-small, llama-19m or tiny.")
+        raise InputError(f"--models {name}: expected gpt2-small, {', '.join(known)}.")
     shape, vocabulary = known[name]
     sizes = {"vocab_size": vocabulary, "max_position_embeddings": 1024, "tie_word_embeddings": True}
     return LlamaForCausalLM(LlamaConfig(**sizes, **shape, **ends))
 
 
-def llama_shape(width: int, inner: int, layers: int, heads: int) -> dict[str, int]:
-    """The sizes of a Llama type's body."""
+def llama_shape(width: int, inner: int, layers: int, heads: int, key_heads: int = 0) -> dict[str, int]:
+    """The sizes of a Llama type's body; fewer `key_heads` than heads: grouped queries."""
     sizes = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers}
-    return sizes | {"num_attention_heads": heads, "num_key_value_heads": heads}
+    return sizes | {"num_attention_heads": heads, "num_key_value_heads": key_heads or heads}
 
 
 def save_model(name: str, folder: Path) -> int:
@@ -46,16 +57,21 @@ def save_model(name: str, folder: Path) -> int:
 
     TRL asks for a tokenizer; only its pad and EOS ids matter here.
     """
+    model = build_model(name)
+    model.save_pretrained(folder)
+    word_tokenizer(2).save_pretrained(folder)
+    return model.config.vocab_size
+
+
+def word_tokenizer(vocabulary: int):
+    """A tokenizer of so many words: pad, EOS and numbers."""
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    model = build_model(name)
-    model.save_pretrained(folder)
-    vocabulary = {"<pad>": PAD, "<eos>": EOS}
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<pad>"))
+    ids = {"<pad>": PAD, "<eos>": EOS} | {str(i): i for i in range(2, vocabulary)}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<pad>"))
     names = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<eos>"}
-    PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(folder)
-    return model.config.vocab_size
+    return PreTrainedTokenizerFast(tokenizer_object=words, **names)
 
 
 def make_batches(shape: str, vocabulary: int, batch_size: int, steps: int) -> list[list[dict]]:
@@ -70,17 +86,17 @@ def make_batches(shape: str, vocabulary: int, batch_size: int, steps: int) -> li
     return [[rows[i] for i in step] for step in plan]
 
 
-def random_rows(lengths: tuple[int, int], vocabulary: int, count: int) -> list[dict]:
-    """Pairs of random token ids, all of the same lengths of prompt and completion."""
+def random_rows(lengths: tuple[int, int, int], vocabulary: int, count: int) -> list[dict]:
+    """Pairs of random token ids, all of the same lengths of prompt and answers."""
     rng = random.Random(0)
-    prompt, completion = lengths
+    prompt, *answers = lengths
 
     def random_ids(n: int) -> list[int]:
         return [rng.randrange(2, vocabulary) for _ in range(n)]
 
     rows = []
     for _ in range(count):
-        rows.append({"prompt": random_ids(prompt), "completions": [random_ids(completion), random_ids(completion)]})
+        rows.append({"prompt": random_ids(prompt), "completions": [random_ids(length) for length in answers]})
     return rows
 
 

@@ -37,7 +37,12 @@ class Job:
     batch_size: int
     threads: int
     device: str
+    dtype: str = "float32"
     profile: bool = False
+
+    def autocast(self):
+        """The context of our forward passes."""
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.dtype == "bfloat16")
 
 
 # -- measuring
@@ -92,6 +97,18 @@ class Measurements:
     ends: list[float] = field(default_factory=list)  # when each step had ended, in seconds
     processor: list[float] = field(default_factory=list)  # processor seconds of the process until then
     reference: list[float] = field(default_factory=list)  # seconds for each batch
+    reference_processor: list[float] = field(default_factory=list)
+    flops: list[float] = field(default_factory=list)  # useful ones of each step
+
+    @contextlib.contextmanager
+    def timed_reference(self, device: torch.device):
+        """Notes the time of one batch's reference log-probabilities."""
+        start, processor = time.perf_counter(), time.process_time()
+        yield
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        self.reference.append(time.perf_counter() - start)
+        self.reference_processor.append(time.process_time() - processor)
 
     def end_step(self, device: torch.device) -> None:
         """Notes the time at the end of a step."""
@@ -112,13 +129,14 @@ def run_ours(job: Job, steps: list[list[dict]], device: torch.device) -> tuple[M
     rows = [row for rows_of_step in steps for row in rows_of_step]
     logps_of = partial(no_grad_logps, model)
     layout = oracle.choose_layout(logps_of, model, {"train": rows}, PAD, device, args.share_prompt)
-    batch_of = partial(batches.collate, pad_id=PAD, layout=layout, device=device)
+    dtype = getattr(torch, job.dtype)
+    batch_of = partial(batches.collate, pad_id=PAD, layout=layout, device=device, dtype=dtype)
+    measured.flops = [useful_flops(model, rows_of_step) for rows_of_step in steps]
 
     ref_logps = []
     for rows_of_step in steps:
-        start = time.perf_counter()
-        ref_logps.append(logps_of(batch_of(rows_of_step)).cpu())
-        measured.reference.append(time.perf_counter() - start)
+        with measured.timed_reference(device), job.autocast():
+            ref_logps.append(logps_of(batch_of(rows_of_step)).cpu())
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     profiler = torch.profiler.profile(record_shapes=True) if job.profile else contextlib.nullcontext()
     for step, rows_of_step in enumerate(steps):
@@ -128,7 +146,8 @@ def run_ours(job: Job, steps: list[list[dict]], device: torch.device) -> tuple[M
             group["lr"] = LR * (1 - step / len(steps))
         batch = batch_of(rows_of_step)
         batch["ref_chosen_logps"], batch["ref_rejected_logps"] = ref_logps[step].to(device).chunk(2)
-        loss, metrics = dpo.compute_loss(model, batch, args.beta)
+        with job.autocast():
+            loss, metrics = dpo.compute_loss(model, batch, args.beta)
         (loss / len(rows_of_step)).backward()
         measured.losses.append(metrics["loss"] / len(rows_of_step))
         measured.grad_norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
@@ -141,6 +160,22 @@ def run_ours(job: Job, steps: list[list[dict]], device: torch.device) -> tuple[M
     # The policy's too, before its first step; the loss would not be log 2 were they different.
     measured.logps = ref_logps[0].tolist()
     return measured, peak
+
+
+def useful_flops(model, rows: list[dict]) -> float:
+    """Operations of a training step in the matrix products that a loss needs: every token of
+    prompt and answers through the body once, every answer token through the output layer; forward
+    and backward. Attention's own products, padding and the reference are not counted.
+    """
+    head = model.get_output_embeddings().weight
+    body = sum(p.numel() for m in model.base_model.modules() if is_product(m) for p in m.parameters() if p.dim() == 2)
+    tokens = sum(map(batches.row_length, rows))
+    return 6.0 * (body * tokens + head.numel() * sum(len(ids) for row in rows for ids in row["completions"]))
+
+
+def is_product(module) -> bool:
+    """Whether a layer multiplies by its weight (GPT-2's are of a class of their own)."""
+    return isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def no_grad_logps(model, batch: dict) -> torch.Tensor:
@@ -165,12 +200,8 @@ def trl_trainer_class(measured: Measurements, device: torch.device):
             )
 
         def compute_ref_log_probs(self, model, inputs):
-            start = time.perf_counter()
-            logps = super().compute_ref_log_probs(model, inputs)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            measured.reference.append(time.perf_counter() - start)
-            return logps
+            with measured.timed_reference(device):
+                return super().compute_ref_log_probs(model, inputs)
 
         def compute_loss(self, *args, **kwargs):
             loss = super().compute_loss(*args, **kwargs)
@@ -186,7 +217,7 @@ def trl_trainer_class(measured: Measurements, device: torch.device):
 
 
 def trl_config(job: Job, folder: str, device: torch.device):
-    """DPOConfig with the numbers of our own run; TRL would choose bfloat16."""
+    """DPOConfig with the numbers of our own run; TRL would choose bfloat16 by itself."""
     from trl import DPOConfig
 
     tuned = {"gradient_checkpointing": False, "precompute_ref_log_probs": True} if job.system == "trl-tuned" else {}
@@ -196,7 +227,7 @@ def trl_config(job: Job, folder: str, device: torch.device):
         num_train_epochs=1,
         learning_rate=LR,
         beta=BETA,
-        bf16=False,
+        bf16=job.dtype == "bfloat16",
         max_length=None,
         save_strategy="no",
         report_to="none",
@@ -248,6 +279,17 @@ def run_trl(job: Job, steps: list[list[dict]], device: torch.device) -> tuple[Me
 # -- the whole of one process
 
 
+def matrix_rate(dtype: str, size: int = 2048) -> float:
+    """Operations a processor second of one large product, the median of nine."""
+    a, b = (torch.randn(size, size).to(getattr(torch, dtype)) for _ in range(2))
+    spent = []
+    for _ in range(10):
+        start = time.process_time()
+        torch.nn.functional.linear(a, b)
+        spent.append(time.process_time() - start)
+    return 2.0 * size**3 / statistics.median(spent[1:])
+
+
 def main(text: str) -> None:
     """Runs a job and prints what it measured as the last line."""
     job = Job(**json.loads(text))
@@ -258,17 +300,22 @@ def main(text: str) -> None:
     device = torch.device(job.device)
     steps = json.loads(Path(job.rows).read_text())
     run = run_ours if job.system == "ours" else run_trl
+    rates = [matrix_rate(job.dtype)] if device.type == "cpu" else []
     measured, peak = run(job, steps, device)
     peak_bytes, later = peak.now(), steps[1:]
     seconds = (measured.ends[-1] - measured.ends[0]) / len(later)
     # The first pass of a process is slow for reasons of its own.
     reference = statistics.mean(measured.reference[1:]) if measured.reference else 0.0
+    processor = (measured.processor[-1] - measured.processor[0]) / len(later)
+    reference_processor = statistics.mean(measured.reference_processor[1:]) if measured.reference_processor else 0.0
     tokens = statistics.mean(batches.count_tokens(rows) for rows in later)
     result = {
         "step_seconds": seconds,
-        "step_processor_seconds": (measured.processor[-1] - measured.processor[0]) / len(later),
+        "step_processor_seconds": processor,
         "reference_seconds_per_step": reference,
         "tokens_per_second": tokens / (seconds + reference),
+        "tokens_per_processor_second": tokens / (processor + reference_processor),
+        "useful_flops_per_step": statistics.mean(measured.flops[1:]) if measured.flops else None,
         "peak_bytes": peak_bytes,
         "above_model_bytes": peak_bytes - peak.base,
         "above_training_state_bytes": peak_bytes - peak.base - 3 * measured.weights,
@@ -277,6 +324,11 @@ def main(text: str) -> None:
         "first_logps": measured.logps,
         "threads": torch.get_num_threads(),
     }
+    if rates:  # before and after, since a busy machine's rate changes
+        rates.append(matrix_rate(job.dtype))
+        result["matrix_flops_per_processor_second"] = statistics.mean(rates)
+    if rates and measured.flops:
+        result["share_of_matrix_rate"] = result["useful_flops_per_step"] / processor / statistics.mean(rates)
     print(json.dumps(result))
 
 

@@ -117,7 +117,7 @@ def lines_of(rows: list[dict], layout: str) -> list[tuple[list[int], list[tuple[
     return [(rows[s % n]["prompt"], [(s, rows[s % n]["completions"][s // n])]) for s in range(answers * n)]
 
 
-def collate(rows: list[dict], pad_id: int, layout: str, device) -> dict:
+def collate(rows: list[dict], pad_id: int, layout: str, device, dtype=torch.float32) -> dict:
     """A batch of rows with one or more completions each.
 
     Sequences are numbered answer by answer: of n rows with two answers, sequence i is the chosen
@@ -129,8 +129,8 @@ def collate(rows: list[dict], pad_id: int, layout: str, device) -> dict:
 
     Returns a dict of tensors on `device`:
         input_ids, position_ids   [lines, length] int64
-        attention_mask            [lines, 1, length, length] float32, 0 or -1e9 ("shared"); [lines,
-                                  length] int64, 1 or 0
+        attention_mask            [lines, 1, length, length] of `dtype`, 0 or -1e9 ("shared");
+                                  [lines, length] int64, 1 or 0
         logit_index               [tokens] int64: index into the flattened lines * length of the
                                   position that predicts a token
         targets                   [tokens] int64: the completion tokens
@@ -164,7 +164,7 @@ def collate(rows: list[dict], pad_id: int, layout: str, device) -> dict:
     batch = {"input_ids": input_ids, "position_ids": position_ids, "logit_index": logit_index, "targets": targets}
     batch |= {"sequence_ids": sequence_ids, "completion_tokens": completion_tokens, "last": last}
     batch = {name: to_device(torch.tensor(values, dtype=torch.int64), device) for name, values in batch.items()}
-    batch["attention_mask"] = attention_mask(to_device(torch.tensor(segments), device), layout)
+    batch["attention_mask"] = attention_mask(to_device(torch.tensor(segments), device), layout, dtype)
     if layout == "model_head":
         batch["logits_to_keep"] = length - min(i % length for i in logit_index)
     for name in rows[0].keys() - {"prompt", "completions", "texts"}:
@@ -176,15 +176,17 @@ def collate(rows: list[dict], pad_id: int, layout: str, device) -> dict:
     return batch
 
 
-def attention_mask(segments: torch.Tensor, layout: str) -> torch.Tensor:
-    """The mask of lines from `segments` [lines, length]: 0 prompt, 1.. an answer, -1 padding."""
+def attention_mask(segments: torch.Tensor, layout: str, dtype=torch.float32) -> torch.Tensor:
+    """The mask of lines from `segments` [lines, length]: 0 prompt, 1.. an answer, -1 padding.
+
+    Of another dtype than the scores each layer would keep a copy of it for the backward pass."""
     if layout != "shared":
         return (segments >= 0).long()
-    length = segments.shape[1]
-    key, query = segments[:, None, :], segments[:, :, None]
+    key, query, length = segments[:, None, :], segments[:, :, None], segments.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
     visible = causal & ((key == query) | (key == 0))
-    return torch.where(visible, 0.0, MASKED)[:, None]
+    zero, masked = torch.tensor([0.0, MASKED], dtype=dtype, device=segments.device)
+    return torch.where(visible, zero, masked)[:, None]
 
 
 def to_device(tensor: torch.Tensor, device) -> torch.Tensor:

@@ -27,7 +27,7 @@ from common import InputError, checkpoints, files, first_line
 from common.batches import micro_batches, row_length
 from common.files import append_json_line, plain, read_json, write_json, write_text
 from common.generate import is_tiny
-from common.models import PINNED, full_tensor, shard
+from common.models import PINNED, choose_dtype, full_tensor, shard
 from common.processes import gather, is_main_process, print0, rank, sum_over_processes, wait_for_all, world_size
 from report import curves, facts
 from report.table import print_end_table
@@ -72,8 +72,8 @@ def start_run(args, script: str):
     refuse_read_only(Path(args.output_dir))
     run = Run(args, script)
     sys.excepthook = run.explain
-    numbers = f"{str(run.dtype).removeprefix('torch.')}, learning rate {args.lr:g}"
-    print0(f"{Path(script).name}: model {args.model}, data {args.data or args.task}, {run.device}, {numbers}.")
+    what = f"model {args.model}, data {args.data or args.task}"
+    print0(f"{Path(script).name}: {what}, {run.device}, learning rate {args.lr:g}.")
     return run, args
 
 
@@ -152,7 +152,7 @@ def means_of(sums: dict[str, float], count: float) -> dict[str, float]:
 
 
 class Run:
-    """A run: `device`, `dtype`, `folder`, `checkpoint` (to go on from, or None), `step`."""
+    """A run: `device`, `dtype` (after `prepare`), `folder`, `checkpoint` (to resume), `step`."""
 
     def __init__(self, args, script: str):
         self._args, self.script = args, Path(script)
@@ -161,8 +161,7 @@ class Run:
         if cuda:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")  # TF32 where a product stays float32
-        bfloat16 = args.dtype == "bfloat16" or (args.dtype == "auto" and cuda and torch.cuda.is_bf16_supported())
-        self.dtype = torch.bfloat16 if bfloat16 else torch.float32
+        self.dtype = None  # of matrix products: the model's size decides
         transformers.utils.logging.disable_progress_bar()  # what a run prints is its own
         transformers.utils.logging.set_verbosity_error()
         self.folder = Path(args.resume or Path(args.output_dir) / args.name)
@@ -186,14 +185,18 @@ class Run:
 
     def autocast(self):
         """The context of every forward pass."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def prepare(self, model, dynamic: bool | None = True):
-        """Sets threads by size, gradient checkpointing, compilation and, with several processes,
-        sharding.
+        """Sets, by the first model's size, the dtype; threads, gradient checkpointing, compilation
+        and, with several processes, sharding.
 
         Call before the optimiser is made. dynamic: whether batches differ in shape, for the
         compiler; None: it finds out."""
+        if self.dtype is None:  # args.json keeps it: a run resumed on another machine goes on with it
+            self._args.dtype = choose_dtype(self._args.dtype, model, self.device)
+            self.dtype = getattr(torch, self._args.dtype)
+            print0(f"Matrix products in {self._args.dtype}, weights and log-probabilities in float32.")
         if self.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ and is_tiny(model):
             torch.set_num_threads(1)
         if self._args.gradient_checkpointing:

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import inputs, pairs
+from benchmarks import inputs, pairs, systems
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def quick(tmp_path, *flags: str) -> dict:
+def tiny(tmp_path, *flags: str) -> dict:
     """Results of the smoke test, by system."""
-    command = [sys.executable, "benchmarks/pairs.py", "--quick", "--output", str(tmp_path / "out.json"), *flags]
+    command = [sys.executable, "benchmarks/pairs.py", "--tiny", "--output", str(tmp_path / "out.json"), *flags]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == 0, process.stdout + process.stderr
     report = json.loads((tmp_path / "out.json").read_text())
@@ -24,20 +24,21 @@ def quick(tmp_path, *flags: str) -> dict:
     return report["results"][0]
 
 
-def test_quick_runs_without_trl(tmp_path):
-    result = quick(tmp_path, "--systems", "ours")
+def test_tiny_runs_without_trl(tmp_path):
+    result = tiny(tmp_path, "--systems", "ours")
     run, summary = result["runs"]["ours"][0], result["summary"]["ours"]
     assert run["losses"][0] == pytest.approx(math.log(2), abs=1e-5)
     assert len(run["first_logps"]) == 8
     assert all(x < 0 for x in run["first_logps"])
     assert summary["tokens_per_second"]["median"] > 0
     assert run["above_model_bytes"] > 0
+    assert 0 < run["share_of_matrix_rate"] < 1
 
 
-def test_quick_agrees_with_trl(tmp_path):
+def test_tiny_agrees_with_trl(tmp_path):
     if importlib.util.find_spec("trl") is None:
         pytest.skip("needs TRL: pip install trl")
-    result = quick(tmp_path)
+    result = tiny(tmp_path)
     assert result["disagreements"] == []
     ours, *theirs = (result["runs"][system][0] for system in ("ours", "trl", "trl-tuned"))
     for run in theirs:
@@ -45,6 +46,29 @@ def test_quick_agrees_with_trl(tmp_path):
         # Later losses follow from the gradients and the optimiser, so these are the same too.
         assert run["losses"] == pytest.approx(ours["losses"], abs=1e-4)
         assert run["first_grad_norm"] == pytest.approx(ours["first_grad_norm"], rel=1e-3)
+
+
+def test_tiny_in_both_dtypes(tmp_path):
+    result = tiny(tmp_path, "--systems", "ours", "--dtypes", "float32", "bfloat16")
+    assert result["disagreements"] == []
+    wide, narrow = (result["runs"][system][0] for system in ("ours", "ours-bfloat16"))
+    assert narrow["losses"][0] == pytest.approx(math.log(2), abs=1e-5)  # the reference is computed alike
+    assert narrow["first_logps"] != wide["first_logps"]
+    assert result["summary"]["ours-bfloat16"]["processor_times_ours"] > 0
+
+
+def test_what_is_compared():
+    names = ["ours", "ours-bfloat16", "trl", "trl-bfloat16", "trl-tuned"]
+    expected = [("ours", "trl"), ("ours", "trl-tuned"), ("ours-bfloat16", "trl-bfloat16"), ("ours-bfloat16", "ours")]
+    assert pairs.comparisons(dict.fromkeys(names)) == expected
+    assert pairs.comparisons({"trl": None}) == []
+
+
+def test_useful_operations_of_a_step():
+    """Two layers of 32 and 64 by hand: four square matrices of attention, three of the MLP."""
+    rows = [{"prompt": [2] * 5, "completions": [[3] * 2, [4] * 3]}]
+    body = 2 * (4 * 32 * 32 + 3 * 32 * 64)
+    assert systems.useful_flops(inputs.build_model("tiny"), rows) == 6 * (body * 10 + 32 * 512 * 5)
 
 
 def run_of(**changed) -> dict:
@@ -65,6 +89,22 @@ def run_of(**changed) -> dict:
 def test_a_difference_is_found(changed):
     assert pairs.disagreements({"ours": [run_of()], "trl": [run_of()]}) == []
     assert pairs.disagreements({"ours": [run_of()], "trl": [run_of(**changed)]})
+
+
+def test_pretraining_systems_compute_the_same(tmp_path):
+    systems = ["ours", "plain"] + ["trainer"] * (importlib.util.find_spec("accelerate") is not None)
+    command = [sys.executable, "benchmarks/pretraining.py", "--tiny", "--output", str(tmp_path / "out.json")]
+    process = subprocess.run([*command, "--systems", *systems], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert {"command", "commit", "date", "machine", "threads", "versions"} <= report.keys()
+    (entry,) = report["results"]
+    losses = {name: runs[0]["losses"] for name, runs in entry["runs"].items()}
+    for name in systems:  # random ids of 512: the first loss is near log 512
+        assert losses[name][0] == pytest.approx(math.log(512), abs=0.1)
+        assert losses[name][0] == pytest.approx(losses["ours"][0], abs=1e-5)
+    assert losses["ours"][1] != losses["ours"][0]
+    assert entry["times_plain"]["median"] > 0
 
 
 def test_batches_are_those_of_the_plan():

@@ -11,7 +11,7 @@ import torch
 from common import batches, data, oracle
 from common import models as model_loading
 from common.oracle import plain_logps, sequences_of
-from tests.models import bigram_logps, bigram_model, random_table
+from tests.models import bigram_logps, bigram_model, random_table, tiny_gpt2, tiny_llama
 from tests.runs import EXAMPLES, PAIRS, toy_examples
 
 LAYOUTS = ("shared", "rows", "model_head")
@@ -229,6 +229,49 @@ def test_log_softmax_is_taken_in_float32_under_autocast(script):
     assert abs(in_bf16 - exact) > 0.1  # the check can fail
 
 
+def kept_for_backward(model, batch) -> int:
+    """How many tensors of the mask's shape a forward pass under bfloat16 keeps."""
+    import dpo
+
+    lines, _, length, _ = batch["attention_mask"].shape
+    kept = {}  # a tensor kept alive keeps its address
+
+    def pack(tensor):
+        if tensor.shape[0] == lines and tensor.shape[-2:] == (length, length):
+            kept[tensor.data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with torch.autocast("cpu", torch.bfloat16):
+            logps = dpo.completion_logps(model, batch)
+    assert logps.requires_grad
+    return len(kept)
+
+
+@pytest.mark.parametrize("layers", [4, 8])
+def test_one_mask_is_kept_for_all_layers(layers):
+    model = tiny_llama(8, num_hidden_layers=layers)
+    batch = batches.collate(EXAMPLES, 0, "shared", "cpu", torch.bfloat16)
+    assert kept_for_backward(model, batch) == 1
+    wide = batches.collate(EXAMPLES, 0, "shared", "cpu")
+    assert kept_for_backward(model, wide) == layers  # each casts it: the check can fail
+
+
+@pytest.mark.parametrize("build", [tiny_gpt2, tiny_llama])
+def test_a_bf16_mask_changes_no_number_and_bf16_is_near_the_oracle(build):
+    import dpo
+
+    model, answers = build(8, initializer_range=0.1), {}
+    for dtype in (torch.float32, torch.bfloat16):
+        batch = batches.collate(EXAMPLES, 0, "shared", "cpu", dtype)
+        assert batch["attention_mask"].dtype == dtype
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            answers[dtype] = dpo.completion_logps(model, batch)
+    assert torch.equal(*answers.values())
+    exact = plain_logps(model, sequences_of(EXAMPLES), 0)
+    assert (answers[torch.bfloat16] - exact).abs().max() < 0.05
+
+
 @every_script
 def test_bf16_logits_are_scored_in_float32(script):
     """Without autocast's help, which would raise them by itself."""
@@ -238,6 +281,19 @@ def test_bf16_logits_are_scored_in_float32(script):
     exact = logits.double().log_softmax(-1)[torch.arange(1000), targets]
     assert got.dtype == torch.float32
     assert (got.double() - exact).abs().max() < 1e-5
+
+
+@every_script
+def test_the_gradient_of_bf16_logits_is_rounded_once(script):
+    """Worked out in float32, block by block, and written over the logits."""
+    module = importlib.import_module(script)
+    logits = torch.randn(module.BLOCK + 7, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
+    targets = torch.arange(len(logits)) % 50
+    exact = torch.nn.functional.one_hot(targets, 50) - logits.float().softmax(-1)
+    logits.requires_grad_()
+    module.token_logps(lambda x: x * 1, logits, targets).sum().backward()
+    assert logits.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(logits.grad.float(), exact, rtol=2**-8, atol=1e-6)
 
 
 @every_script

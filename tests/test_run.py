@@ -109,6 +109,44 @@ def test_weights_are_float32_whatever_the_folder_holds(tmp_path):
     assert {p.dtype for p in model_loading.load_model(str(folder), "cpu").parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize(
+    ("asked", "tiles", "parameters", "chosen"),
+    [
+        ("auto", True, 5_000_000, "bfloat16"),
+        ("auto", True, 4_999_999, "float32"),  # a tiny model's results stay what they are
+        ("auto", False, 5_000_000, "float32"),
+        ("float32", True, 5_000_000, "float32"),
+        ("bfloat16", False, 10, "bfloat16"),
+    ],
+)
+def test_dtype_by_processor_and_size(asked, tiles, parameters, chosen, start, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": tiles}, raising=False)
+    model, run = torch.nn.Embedding(parameters, 1, device="meta"), start(dtype=asked)
+    assert model_loading.choose_dtype(asked, model, torch.device("cpu")) == chosen
+    capsys.readouterr()
+    run.prepare(model)
+    assert capsys.readouterr().out == f"Matrix products in {chosen}, weights and log-probabilities in float32.\n"
+    with run.autocast():
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert run.dtype == product.dtype == getattr(torch, chosen)
+    run.prepare(torch.nn.Embedding(10, 1))  # a tiny model beside the policy changes nothing
+    assert run.dtype == getattr(torch, chosen)
+
+
+def test_dtype_where_torch_does_not_say_what_the_processor_has(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    model = torch.nn.Embedding(5_000_000, 1, device="meta")
+    assert model_loading.choose_dtype("auto", model, torch.device("cpu")) == "float32"
+
+
+@pytest.mark.parametrize(("supported", "chosen"), [(True, "bfloat16"), (False, "float32")])
+def test_dtype_on_a_gpu_does_not_depend_on_the_size(supported, chosen, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: supported)
+    for parameters in (10, 5_000_000):
+        model = torch.nn.Embedding(parameters, 1, device="meta")
+        assert model_loading.choose_dtype("auto", model, torch.device("cuda")) == chosen
+
+
 def test_context_length_and_size():
     model = models.tiny_llama(20)
     assert model_loading.context_length(model) == 128

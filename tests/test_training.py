@@ -505,6 +505,31 @@ def test_a_process_killed_by_the_system_is_resumed_from_the_command_line(tmp_pat
     assert_same_run(folder, whole)
 
 
+@pytest.mark.parametrize(("here", "there"), [(True, False), (False, True)])
+def test_a_run_resumed_on_another_processor_keeps_its_dtype(here, there, tmp_path, file13, llama, monkeypatch):
+    """--dtype auto is decided once: where the run began."""
+
+    def processor(has_tiles: bool) -> None:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": has_tiles}, raising=False)
+
+    monkeypatch.setattr(model_loading, "is_tiny", lambda model: False)
+    processor(here)
+    whole = long_run("dpo", tmp_path / "whole", llama, file13)
+    at_step(monkeypatch, 5, killed)
+    folder = tmp_path / "killed"
+    with pytest.raises(Killed):
+        long_run("dpo", folder, llama, file13)
+    began_with = "bfloat16" if here else "float32"
+    assert json.loads((folder / "args.json").read_text())["dtype"] == began_with
+    processor(there)
+    with pytest.raises(SystemExit, match=f"--dtype is {began_with} in that run and cannot become"):
+        resume("dpo", folder, dtype="float32" if here else "bfloat16")
+    assert_same_run(resume("dpo", folder), whole)
+    assert json.loads((folder / "summary.json").read_text())["args"]["dtype"] == began_with
+    other = long_run("dpo", tmp_path / "other", llama, file13)
+    assert weights(other) != weights(whole)  # the dtype matters: the check can fail
+
+
 def test_resume_refuses_what_it_cannot_do(tmp_path, file13, llama, monkeypatch):
     finished = train("dpo", tmp_path / "finished", model=llama, data=file13, max_steps=1)
     with pytest.raises(SystemExit, match="finished"):

@@ -25,6 +25,28 @@ PROCESSES_TEST = "test_processes.py::"
 
 TABLE = [
     Mutant(
+        "float32 mask in a bfloat16 run",
+        (BATCHES,),
+        "zero, masked = torch.tensor([0.0, MASKED], dtype=dtype, ",
+        "zero, masked = torch.tensor([0.0, MASKED], dtype=torch.float32, ",
+        LOGPS_TEST + "test_one_mask_is_kept_for_all_layers",
+    ),
+    Mutant(
+        "bfloat16 for tiny models",
+        (MODELS,),
+        "if has_tiles and not is_tiny(model) else",
+        "if has_tiles else",
+        RUN_TEST + "test_dtype_by_processor_and_size",
+    ),
+    Mutant(
+        "dtype chosen again by the processor that resumes",
+        (RUN,),
+        "self._args.dtype = choose_dtype(self._args.dtype, model, self.device)\n"
+        "            self.dtype = getattr(torch, self._args.dtype)",
+        "self.dtype = getattr(torch, choose_dtype(self._args.dtype, model, self.device))",
+        TRAINING_TEST + "test_a_run_resumed_on_another_processor_keeps_its_dtype",
+    ),
+    Mutant(
         "label shift by one",
         (BATCHES,),
         "*range(begin, begin + k - 1)]",

@@ -132,6 +132,13 @@ TABLE = [
         LOGPS_TEST + "test_bf16_logits_are_scored_in_float32",
     ),
     Mutant(
+        "gradient of the logits worked out in bf16",
+        PAIRS,
+        "block.to(total.dtype).sub_(total)",
+        "block.sub_(total)",
+        LOGPS_TEST + "test_the_gradient_of_bf16_logits_is_rounded_once",
+    ),
+    Mutant(
         "gradient of the log-softmax without the target",
         PAIRS,
         ".mul_(-g).scatter_add_(-1, y, g)",
