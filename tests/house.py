@@ -54,9 +54,9 @@ FOLDERS = (
 LAYERS = [
     ["common", "common.batches", "common.processes", "common.metrics"],
     ["common.generate", "common.fields", "common.oracle"],
-    ["common.files", "toy", "toy.world", "report", "report.table", "report.curves", "report.trackers"],
-    ["toy.base", "toy.documents"],
-    ["common.models", "common.data"],
+    ["common.files", "toy", "toy.world", "report", "report.table", "report.curves", "report.folders", "report.progress"],
+    ["toy.base", "toy.documents", "report.card"],
+    ["common.models", "common.data", "report.trackers"],
     ["common.checkpoints", "report.facts", "judging", "judging.scores"],
     ["common.run", "common.evaluate", "labelled", "labelled.rows", "rewards", "rewards.metrics", "rewards.models"],
     ["rewards.prompts", "pretraining", "pretraining.flops", "pretraining.scorers"],
