@@ -1,9 +1,10 @@
-"""Model folders as other programs read them: transformers 4.57, and vLLM and RewardBench with it."""
+"""Model folders as other programs read them: transformers 4.57, and what builds on it."""
 
 import json
 from pathlib import Path
 
-# What version 4 calls the base of the rotary angles, that of layers with a window, and the share of a head that turns.
+# What version 4 calls the base of the rotary angles, that of layers with a window, and the share
+# of a head that turns.
 USUAL = ("rope_theta", "rope_local_base_freq", "partial_rotary_factor")
 NAMES = dict.fromkeys(("gpt_neox", "gpt_neox_japanese"), ("rotary_emb_base", "rope_local_base_freq", "rotary_pct"))
 NAMES |= dict.fromkeys(

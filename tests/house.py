@@ -53,8 +53,9 @@ FOLDERS = (
 # included.
 LAYERS = [
     ["common", "common.batches", "common.processes", "common.metrics"],
+    ["report", "report.progress"],
     ["common.generate", "common.fields", "common.oracle"],
-    ["common.files", "toy", "toy.world", "report", "report.table", "report.curves", "report.folders", "report.progress"],
+    ["common.files", "toy", "toy.world", "report.table", "report.curves", "report.folders"],
     ["toy.base", "toy.documents", "report.card"],
     ["common.models", "common.data", "report.trackers"],
     ["common.checkpoints", "report.facts", "judging", "judging.scores"],

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 def read(folder: str, kind: str, texts: list[str], ids: list[list[int]]) -> dict[str, torch.Tensor]:
     """What a folder says: token ids of texts and the text they decode to, logits or rewards.
 
-    kind: "lm", "reward", or "both". Rewards are of the padded batch of all texts, each of which ends
-    in EOS, and of each text alone."""
+    kind: "lm", "reward", or "both". Rewards are of the padded batch of all texts, each ending in
+    EOS, and of each text alone."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     token_ids = [tokenizer(text).input_ids for text in texts]
     decoded = [tokenizer.decode(line, skip_special_tokens=True) for line in token_ids]

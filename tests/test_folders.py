@@ -1,5 +1,5 @@
-"""A run's folder loads elsewhere with the same numbers: in this version of transformers, and in 4.57
-where the environment variable PREFERENCE_TRANSFORMERS4 names the python of an environment with it.
+"""A run's folder loads elsewhere with the same numbers: in this version of transformers, and in
+4.57 where the environment variable PREFERENCE_TRANSFORMERS4 names the python of one with it.
 """
 
 import json
@@ -204,7 +204,9 @@ def test_checkpoints_too(tmp_path, file13, monkeypatch):
     for folder in (run, run / "checkpoints/step-00000002"):
         config = json.loads((folder / "config.json").read_text())
         assert config["rope_theta"] == 3e5
-        assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+        assert (
+            json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+        )
 
 
 # -- the pad id
