@@ -165,6 +165,7 @@ class Run:
         self._track, self._sources = None, {}
         self._is_tiny: bool | None = None  # of the model, once there is one
         self._is_training = False
+        progress.during("")
         self.checkpoint = checkpoints.newest(self.folder) if args.resume else None
         if not args.resume and is_main_process() and self.folder.exists() and any(self.folder.iterdir()):
             again = f"go on with it: --resume {self.folder}"

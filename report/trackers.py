@@ -20,7 +20,7 @@ def check_tracker(kind: str) -> None:
 
 
 def tracker(kind: str, folder: Path, args: dict):
-    """None, or a tracker: `send(step, metrics)` while training, at the end `finish(step, columns)`."""
+    """None, or a tracker: `send(step, metrics)` while training, `finish(step, columns)` after."""
     if kind == "none" or not is_main_process():
         return None
     return Wandb(folder, args) if kind == "wandb" else Tensorboard(folder)

@@ -4,6 +4,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from unittest import mock
@@ -62,6 +63,22 @@ def theta(value: float) -> dict:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": value}}
 
 
+def with_pad_token(run: Path, copy: Path) -> str:
+    """A copy of a run's folder for programs that pad with EOS where a tokenizer has no pad token,
+    as README.md says.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    shutil.copytree(run, copy)
+    path = copy / "tokenizer_config.json"
+    about, pad_id = json.loads(path.read_text()), AutoConfig.from_pretrained(run).pad_token_id
+    assert about["pad_token"] is None
+    about["pad_token"] = AutoTokenizer.from_pretrained(run).convert_ids_to_tokens(pad_id)
+    path.write_text(json.dumps(about))
+    assert AutoTokenizer.from_pretrained(copy).pad_token_id == pad_id
+    return str(copy)
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory, toy_base) -> dict[str, tuple]:
     """Folders as runs save them, by name: (folder, kind, texts, ids)."""
@@ -95,12 +112,16 @@ def saved(tmp_path_factory, toy_base) -> dict[str, tuple]:
     with mock.patch.dict(SHORT):
         del SHORT["kl_samples"]  # which reward_model.py does not have
         found["reward model"] = (str(train("reward_model", root / "rm", model=base, **short)), "reward", TEXTS, IDS)
+    found["reward model that names its pad token"] = (
+        with_pad_token(root / "rm", root / "padded"),
+        *found["reward model"][1:],
+    )
     found["toy"] = (str(train("dpo", root / "toy", model="toy", **short)), "lm", TOY_TEXTS, IDS)
     return found
 
 
 NAMES = ["llama", "llama3", "gemma", "qwen", "neox", "gpt2", "gpt2 with a head", "llama with a head", "reward model"]
-NAMES += ["toy"]
+NAMES += ["reward model that names its pad token", "toy"]
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +163,7 @@ def test_a_saved_folder_is_the_model(name, saved, read_now):
     torch.testing.assert_close(read_now[name]["logits"], expected, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["gpt2 with a head", "llama with a head", "reward model"])
+@pytest.mark.parametrize("name", ["gpt2 with a head", "llama with a head", *NAMES[8:10]])
 def test_padding_never_changes_a_reward(name, read_now):
     """Also with the pad id of the configuration alone, and texts that end in EOS."""
     rewards, alone = read_now[name]["rewards"], read_now[name]["rewards alone"]
