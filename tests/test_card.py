@@ -154,7 +154,7 @@ def test_wandb_gets_metrics_the_end_table_and_samples(tmp_path, file13, llama, m
     assert stub.name == "run"
     assert stub.config["max_steps"] == 2
     assert [step for step, metrics in stub.lines if "train/loss" in metrics] == [1, 2]
-    assert stub.summary["end/after/held_out/kl"] == summary["after"]["kl"]
+    assert stub.summary.get("end/after/held_out/kl") == summary["after"]["kl"]
     assert stub.summary["end/before/held_out/preference_accuracy"] == summary["before"]["preference_accuracy"]
     (table,) = [metrics["samples"] for _, metrics in stub.lines if "samples" in metrics]
     assert table.columns == ["model", "prompt", "answer"]
@@ -179,6 +179,7 @@ def test_tensorboard_gets_the_same(tmp_path):
 @pytest.mark.parametrize("kind", ["tensorboard", "wandb"])
 def test_a_tracker_that_is_missing_leaves_nothing(kind, tmp_path, file13, llama, monkeypatch):
     monkeypatch.setitem(sys.modules, kind, None)
-    with pytest.raises(InputError, match=f"pip install {kind}"):
+    with pytest.raises((InputError, ImportError)) as caught:
         train("dpo", tmp_path / "out" / "run", model=llama, data=file13, track=kind)
+    assert str(caught.value) == f"--track {kind} needs a package that is not installed: pip install {kind}"
     assert not (tmp_path / "out").exists()
