@@ -427,7 +427,7 @@ class Run:
 
         While a model trains that is larger than the toy's, of evenly spaced rows: no more than take
         a tenth of its time."""
-        if self._is_training and not self._is_tiny:
+        if self._is_training and self._is_tiny is False:
             most = max(128, self._args.eval_every * self._args.batch_size * 3 // 10)  # to train on one takes thrice
             rows = rows[:: max(1, -(-len(rows) // most))]
         sums: dict = {}

@@ -113,8 +113,8 @@ TABLE = [
     Mutant(
         "the last evaluation sees some rows only",
         (RUN,),
-        "if self._is_training and not self._is_tiny:",
-        "if not self._is_tiny:",
+        "if self._is_training and self._is_tiny is False:",
+        "if self._is_tiny is False:",
         PROGRESS_TEST + "test_while_a_larger_model_trains_held_out_rows_take_a_tenth",
     ),
     Mutant(
