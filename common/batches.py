@@ -40,6 +40,8 @@ class Rows(list):
             parts.append("dropped " + ", ".join(f"{n:,} ({reason})" for reason, n in self.dropped.most_common()))
         if self.moved:
             parts.append(f"in {self.moved:,} the boundary moved left because a token spans prompt and answer")
+        if tokens := count_tokens(self):
+            parts.append(f"{tokens:,} tokens")
         return "; ".join(parts) + "."
 
 

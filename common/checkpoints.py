@@ -4,7 +4,6 @@ A checkpoint has optimizer.safetensors and state.json beside the weights. It is 
 renamed, so a kill at any moment leaves the last good one.
 """
 
-import json
 import os
 import re
 import shutil
@@ -16,6 +15,7 @@ import torch
 from common import InputError, first_line
 from common.files import read_json, write_json
 from common.processes import is_main_process, wait_for_all, world_size
+from report import folders
 
 AGAIN = "expected what the run wrote there; begin it again under another --name"  # where a file of a run is damaged
 
@@ -58,12 +58,9 @@ def save_model(model, tokenizer, folder: Path) -> None:
         state = {name: value for name, value in state.items() if name in kept}  # tied weights are written once
     if is_main_process():
         model.save_pretrained(folder, state_dict=state)
-        path = folder / "config.json"
-        config = json.loads(path.read_text())
-        if config.get("architectures"):  # fully_shard renames the class
-            config["architectures"] = [name.removeprefix("FSDP") for name in config["architectures"]]
-            write_json(path, config)
         tokenizer.save_pretrained(folder)
+        for name, content in folders.for_other_loaders(folder).items():
+            write_json(folder / name, content)
 
 
 def save(folder: Path, model, optimizer, tokenizer, state: dict, device) -> Path:

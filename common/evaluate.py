@@ -13,6 +13,7 @@ from common.metrics import standard_error
 from common.models import context_length
 from common.oracle import plain_logps
 from common.processes import gather, rank, shard_items
+from report import progress
 
 
 @torch.no_grad()
@@ -23,7 +24,7 @@ def kl_of_samples(policy, reference, prompts, completions, pad_id: int, batch_si
     temperature 1 is an unbiased estimate of the KL per completion, never negative and of lower
     variance than the log-ratio of the sampled tokens."""
     device, values = next(policy.parameters()).device, []
-    for start in range(0, len(prompts), batch_size):
+    for start in progress.track(range(0, len(prompts), batch_size), "KL to the reference"):
         chunk = list(zip(prompts[start : start + batch_size], completions[start : start + batch_size]))
         length = max(len(p) + len(c) for p, c in chunk)
         ids = torch.tensor([p + c + [pad_id] * (length - len(p) - len(c)) for p, c in chunk], device=device)
@@ -138,7 +139,7 @@ def score_candidates(rewards, prompts, groups: list[list[list[int]]], pad_id: in
     size = 64 if longest < 4096 else 4
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parts = []
-    for start in range(0, len(rows), size):
+    for start in progress.track(range(0, len(rows), size), f"rewards of {len(rows) * len(groups[0]):,} answers"):
         chunk = rows[start : start + size]
         with autocast():
             values = rewards(collate(chunk, pad_id, "rows", device))  # answer by answer

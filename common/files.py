@@ -8,6 +8,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -261,3 +262,28 @@ def append_json_line(path: Path, value) -> None:
     """Adds a line to a JSON-lines file."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(plain(value), allow_nan=False) + "\n")
+
+
+def refuse_read_only(folder: Path) -> None:
+    """Raises InputError where nothing can be written in a folder, or in the one that it would be
+    made in."""
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(f"--output-dir: nothing can be written in {folder} ({first_line(error)}).") from None
+
+
+def drop_later_lines(path: Path, step: int) -> None:
+    """Takes lines after a step out of metrics.jsonl: a resumed run writes them again."""
+    if not path.exists():
+        return
+    *lines, _ = decode_text(str(path), path.read_bytes()).split("\n")  # a kill may have cut the last one
+    kept = []
+    for number, line in enumerate(lines, 1):
+        metrics = parse_line(str(path), number, line)
+        if not isinstance(metrics, dict) or not isinstance(metrics.get("step"), int):
+            raise InputError(f"{path}, line {number}: not a line of metrics; remove it to go on.")
+        kept += [line + "\n"] * (metrics["step"] <= step)
+    write_text(path, "".join(kept))

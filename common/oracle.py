@@ -8,6 +8,7 @@ import torch
 
 from common import InputError, batches
 from common.processes import print0
+from report import progress
 
 
 @torch.no_grad()
@@ -40,7 +41,8 @@ def plain_token_logps(model, sequences: list[tuple], pad_id: int) -> tuple[torch
 def plain_logps(model, sequences, pad_id: int, batch_size: int = 8) -> torch.Tensor:
     """Summed completion log-probabilities in nats, [sequences], float32, on the CPU: the oracle."""
     chunks = [sequences[i : i + batch_size] for i in range(0, len(sequences), batch_size)]
-    return torch.cat([plain_token_logps(model, chunk, pad_id)[0].sum(-1).cpu() for chunk in chunks])
+    passes = progress.track(chunks, f"log-probabilities of {len(sequences):,} answers")
+    return torch.cat([plain_token_logps(model, chunk, pad_id)[0].sum(-1).cpu() for chunk in passes])
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@ paper is about.
 
 A run folder `runs/<name>/` holds args.json, metrics.jsonl, summary.json, the model as a
 transformers folder, script.py (a copy), checkpoints/ and, where matplotlib is installed,
-curves.png.
+curves.png. README.md is its model card.
 """
 
 import dataclasses
@@ -13,7 +13,6 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 import time
 import typing
 from pathlib import Path
@@ -25,16 +24,17 @@ import transformers
 
 from common import InputError, checkpoints, files, first_line
 from common.batches import micro_batches, row_length
-from common.files import append_json_line, plain, read_json, write_json, write_text
+from common.files import append_json_line, plain, read_json, refuse_read_only, write_json, write_text
 from common.generate import is_tiny
 from common.models import PINNED, choose_dtype, full_tensor, shard
 from common.processes import gather, is_main_process, print0, rank, sum_over_processes, wait_for_all, world_size
-from report import curves, facts
+from report import card, curves, facts, progress
 from report.table import print_end_table
-from report.trackers import tracker
+from report.trackers import check_tracker, tracker
 
 DISK_FULL = ("No space left", "quota exceeded", "File too large", "Read-only file system")
 COUNT = (lambda v: v >= 1, "at least 1")
+MANY, FEW = 400, 64  # --kl-samples where it is not given: few of a model that is slow to sample from
 POSITIVE = (lambda v: 0 < v < math.inf, "a positive number")
 NOT_NEGATIVE = (lambda v: 0 <= v < math.inf, "at least 0")
 RANGES = {  # of the arguments that most scripts have; a script checks its own
@@ -42,7 +42,8 @@ RANGES = {  # of the arguments that most scripts have; a script checks its own
     **dict.fromkeys(("eval_every", "save_every", "log_every"), COUNT),
     **dict.fromkeys(("beta", "epochs"), POSITIVE),
     "lr": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
-    **dict.fromkeys(("warmup", "weight_decay", "kl_samples"), NOT_NEGATIVE),
+    **dict.fromkeys(("warmup", "weight_decay"), NOT_NEGATIVE),
+    "kl_samples": (lambda v: v is None or v >= 0, "at least 0"),
     "max_steps": (lambda v: v >= -1 and v != 0, "at least 1, or -1 for no limit"),
     "max_length": (lambda v: v is None or v >= 2, "at least 2"),
     "holdout": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
@@ -70,10 +71,12 @@ def start_run(args, script: str):
         if hasattr(args, name) and not holds(getattr(args, name)):
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {expected}.")
     refuse_read_only(Path(args.output_dir))
+    check_tracker(args.track)
     run = Run(args, script)
     sys.excepthook = run.explain
-    what = f"model {args.model}, data {args.data or args.task}"
-    print0(f"{Path(script).name}: {what}, {run.device}, learning rate {args.lr:g}.")
+    data = args.data or args.task
+    world = " (the embedded world, unless --data names other rows)" if data == "toy" else ""
+    print0(f"{Path(script).name}: model {args.model}, data {data}{world}, learning rate {args.lr:g}, {run.device}.")
     return run, args
 
 
@@ -82,17 +85,6 @@ def default_learning_rate(args) -> float:
     pretrained ones."""
     sizes = {"toy": 1e-3, "tiny": 1e-2, "mini": 1e-2, "small": 1e-2}
     return sizes.get(args.model, 1e-3 if hasattr(args, "context") else 1e-5)
-
-
-def refuse_read_only(folder: Path) -> None:
-    """Raises InputError where nothing can be written in a folder, or in the one that it would be
-    made in."""
-    while not folder.exists():
-        folder = folder.parent
-    try:
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise InputError(f"--output-dir: nothing can be written in {folder} ({first_line(error)}).") from None
 
 
 def free_name(args, script: str) -> str:
@@ -170,6 +162,9 @@ class Run:
         self._pending: list[dict] = []  # steps whose metrics are still on the device
         self._window: list[dict] = []  # the last --log-every steps read from it
         self._track, self._sources = None, {}
+        self._is_tiny: bool | None = None  # of the model, once there is one
+        self._is_training = False
+        progress.during("")
         self.checkpoint = checkpoints.newest(self.folder) if args.resume else None
         if not args.resume and is_main_process() and self.folder.exists() and any(self.folder.iterdir()):
             again = f"go on with it: --resume {self.folder}"
@@ -180,7 +175,7 @@ class Run:
             self._window = state["window"]
             print0(f"Going on with {self.folder} after step {self.step}.")
         if args.resume and is_main_process():
-            self._drop_later_metrics()
+            files.drop_later_lines(self.folder / "metrics.jsonl", self.step)
         torch.manual_seed(args.seed)
 
     def autocast(self):
@@ -188,16 +183,19 @@ class Run:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def prepare(self, model, dynamic: bool | None = True):
-        """Sets, by the first model's size, the dtype; threads, gradient checkpointing, compilation
-        and, with several processes, sharding.
+        """Sets, by the first model's size, dtype, threads and --kl-samples; gradient checkpointing,
+        compilation and, with several processes, sharding.
 
         Call before the optimiser is made. dynamic: whether batches differ in shape, for the
         compiler; None: it finds out."""
-        if self.dtype is None:  # args.json keeps it: a run resumed on another machine goes on with it
+        if self.dtype is None:  # args.json keeps what is chosen: a run resumed on another machine goes on with it
+            self._is_tiny = is_tiny(model)
             self._args.dtype = choose_dtype(self._args.dtype, model, self.device)
             self.dtype = getattr(torch, self._args.dtype)
-            print0(f"Matrix products in {self._args.dtype}, weights and log-probabilities in float32.")
-        if self.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ and is_tiny(model):
+            print0(facts.describe_model(model, self.dtype, self.device))
+            if getattr(self._args, "kl_samples", 0) is None:
+                self._args.kl_samples = MANY if self._is_tiny or self.device.type == "cuda" else FEW
+        if self.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ and self._is_tiny:
             torch.set_num_threads(1)
         if self._args.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -241,8 +239,10 @@ class Run:
         path = self.folder / f"{name}.safetensors"
         if self._is_cached(path):
             return checkpoints.load_tensors(path)
+        progress.during(name)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             tensors = compute()
+        progress.during("")
         if is_main_process():
             aside = path.with_suffix(".part")
             safetensors.torch.save_file({k: v.contiguous() for k, v in tensors.items()}, aside)
@@ -254,7 +254,9 @@ class Run:
         path = self.folder / f"{name}.json"
         if self._is_cached(path):
             return read_json(path, "", checkpoints.AGAIN)
+        progress.during(f"{name} training" if name == "before" else "")
         value = compute()
+        progress.during("")
         if is_main_process():
             write_json(path, value)
         return value
@@ -273,22 +275,19 @@ class Run:
 
     def steps(self, plan: list[list]):
         """(step, its rows) for what is left of a plan; Ctrl-C and SIGTERM end the step and save."""
-        from tqdm import tqdm
 
         def stop(number, frame):
             self._signal = number
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
-        self.total = len(plan)
+        self.total, self._is_training = len(plan), True
         previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        interval = 0.2 if sys.stderr.isatty() else 10.0
-        shown = {"desc": "training", "unit": "step", "mininterval": interval, "maxinterval": interval}
-        bar = tqdm(total=self.total, initial=self.step, disable=not is_main_process(), **shown)
+        bar = progress.Bar("training", self.total, self.step, "step", delay=0.0)
         try:
             while self.step < self.total:
                 self._started = time.perf_counter()
                 yield self.step, plan[self.step]
-                bar.update(1)
+                bar.update()
                 if self.stopping:
                     bar.close()
                     again = f"python {self.script.name} --resume {self.folder}"
@@ -296,6 +295,8 @@ class Run:
                     raise SystemExit(128 + self.stopping)
         finally:
             bar.close()
+            self._is_training = False
+            progress.during("after training")
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
@@ -392,30 +393,17 @@ class Run:
         if is_main_process() and metrics:
             append_json_line(self.folder / "metrics.jsonl", {"step": self.step, "split": split, **metrics})
             if self._track:
-                self._track(self.step, {f"{split}/{name}": value for name, value in metrics.items()})
+                self._track.send(self.step, {f"{split}/{name}": value for name, value in metrics.items()})
 
     def write_lines(self, name: str, lines: list[dict]) -> None:
         """A JSON-lines file of the run folder, whole or not at all."""
         if is_main_process():
             write_text(self.folder / name, "".join(json.dumps(plain(line), allow_nan=False) + "\n" for line in lines))
 
-    def _drop_later_metrics(self) -> None:
-        """Lines after the checkpoint will be written again."""
-        path = self.folder / "metrics.jsonl"
-        if path.exists():
-            *lines, _ = files.decode_text(str(path), path.read_bytes()).split("\n")  # a kill may have cut the last one
-            kept = []
-            for number, line in enumerate(lines, 1):
-                metrics = files.parse_line(str(path), number, line)
-                if not isinstance(metrics, dict) or not isinstance(metrics.get("step"), int):
-                    raise InputError(f"{path}, line {number}: not a line of metrics; remove it to go on.")
-                kept += [line + "\n"] * (metrics["step"] <= self.step)
-            write_text(path, "".join(kept))
-
-    def _passes(self, function, batch_of, rows: list):
+    def _passes(self, function, batch_of, rows: list, what: str):
         """(numbers of rows, weight, function(batch)) over all rows, similar lengths together."""
         order = sorted(range(len(rows)), key=lambda i: row_length(rows[i]))
-        for numbers, weight in self.micro_batches(order):
+        for numbers, weight in progress.track(self.micro_batches(order), what):
             with torch.no_grad(), self.autocast():
                 yield numbers, weight, function(batch_of([rows[i] for i in numbers]))
 
@@ -424,7 +412,7 @@ class Run:
 
         function: batch -> [sequences, ...], numbered as by `collate`, or a tuple of such."""
         parts = []
-        for numbers, weight, values in self._passes(function, batch_of, rows):
+        for numbers, weight, values in self._passes(function, batch_of, rows, f"scoring {len(rows):,} rows"):
             values = torch.cat(values) if isinstance(values, tuple) else values
             by_row = values.float().unflatten(0, (-1, len(numbers))).transpose(0, 1).cpu()
             parts += [(numbers, by_row)] if weight else []
@@ -438,9 +426,15 @@ class Run:
         return values
 
     def evaluate_loss(self, function, batch_of, rows: list, per_row: int = 1) -> dict[str, float]:
-        """Metrics of `function(batch_of(rows))` -> (loss, sums) as means over `per_row` a row."""
+        """Metrics of `function(batch_of(rows))` -> (loss, sums) as means over `per_row` a row.
+
+        While a model trains that is larger than the toy's, of evenly spaced rows: no more than take
+        a tenth of its time."""
+        if self._is_training and self._is_tiny is False:
+            most = max(128, self._args.eval_every * self._args.batch_size * 3 // 10)  # to train on one takes thrice
+            rows = rows[:: max(1, -(-len(rows) // most))]
         sums: dict = {}
-        for _, weight, (_, metrics) in self._passes(function, batch_of, rows):
+        for _, weight, (_, metrics) in self._passes(function, batch_of, rows, f"loss of {len(rows):,} held-out rows"):
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + value.double() * (weight / world_size())
         if not sums:
@@ -468,7 +462,7 @@ class Run:
             checkpoints.restore(self.checkpoint, model, optimizer, self.device)
 
     def finish(self, columns: dict[str, dict], extra: dict | None = None) -> None:
-        """Writes summary.json and curves.png, prints the end table, removes the checkpoints.
+        """Writes summary.json, README.md and curves.png, prints the end table, removes checkpoints.
 
         Args:
             columns: "before", "after", ... -> split -> metrics. "held_out" is written under the
@@ -487,14 +481,15 @@ class Run:
             **facts.machine(self.device),
             **self._sources,
             "kl_samples": args.get("kl_samples"),
+            **facts.by_key(columns),
+            **(extra or {}),
         }
-        for name, splits in columns.items():
-            for split, metrics in splits.items():
-                key = name if split == "held_out" else f"{name}_{split}"
-                values[key] = {k: v for k, v in metrics.items() if k != "samples"}
         if is_main_process():
             curves.draw_curves(self.folder)
-            write_json(self.folder / "summary.json", values | (extra or {}))
+            write_json(self.folder / "summary.json", values)
+            write_text(self.folder / "README.md", card.model_card(self.folder, values, columns))
+            if self._track:
+                self._track.finish(self.step, columns)
             shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
             print_end_table(columns, self.folder, speed)
         wait_for_all()

@@ -1,1 +1,3 @@
-"""What a run shows a reader: the end table, curves, trackers."""
+"""What a run shows a reader and leaves for other programs: progress, the end table, curves, the
+model card, trackers, folders that load elsewhere.
+"""

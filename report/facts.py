@@ -43,6 +43,13 @@ def device_name(device) -> str:
     return f"cpu, {names[0] if names else platform.machine()}, {os.cpu_count()} cores"
 
 
+def describe_model(model, dtype, device) -> str:
+    """What a model is, in a line."""
+    count = sum(parameter.numel() for parameter in model.parameters())
+    what = f"{type(model).__name__} of {count:,} parameters, weights float32"
+    return f"{what}, products {str(dtype).removeprefix('torch.')}, on {device_name(device)}."
+
+
 def machine(device) -> dict:
     """What a run was made on and with."""
     import transformers
@@ -56,6 +63,15 @@ def machine(device) -> dict:
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "processes": world_size(),
+    }
+
+
+def by_key(columns: dict[str, dict]) -> dict[str, dict]:
+    """Metrics of the end table by the keys of summary.json: "after", "after_unseen", ..."""
+    return {
+        name if split == "held_out" else f"{name}_{split}": {k: v for k, v in metrics.items() if k != "samples"}
+        for name, splits in columns.items()
+        for split, metrics in splits.items()
     }
 
 

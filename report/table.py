@@ -37,6 +37,9 @@ METRICS = {  # what the end table calls each metric, in this order
 }
 
 
+TRAINED, HELD_OUT, UNSEEN = "On the questions trained for", "On held-out rows", "On unseen questions"
+
+
 def cell(metrics: dict, name: str) -> str:
     """One number of the end table, with its standard error where there is one."""
     value, error = metrics.get(name), metrics.get(f"{name}_se")
@@ -54,7 +57,7 @@ def print_end_table(columns: dict[str, dict], folder: Path, speed: float | None)
         speed: tokens a second.
     """
     splits = next(iter(columns.values())).keys()
-    trained = "On the questions trained for" if "unseen" in splits else "On held-out rows"
+    trained = TRAINED if "unseen" in splits else HELD_OUT
     words = [cell(metrics, name) for column in columns.values() for metrics in column.values() for name in METRICS]
     width = max(17, *(len(word) + 2 for word in [*columns, *words]))
     heads = "".join(f"{name.replace('_', ' '):>{width}}" for name in columns)
@@ -62,7 +65,7 @@ def print_end_table(columns: dict[str, dict], folder: Path, speed: float | None)
         states = [column[split] for column in columns.values()]
         names = [name for name in METRICS if any(metrics.get(name) is not None for metrics in states)]
         if names:
-            print0(f"\n{trained if split == 'held_out' else 'On unseen questions':66}{heads}")
+            print0(f"\n{trained if split == 'held_out' else UNSEEN:66}{heads}")
         for name in names:
             cells = "".join(f"{cell(metrics, name):>{width}}" for metrics in states)
             print0(f"  {f'{METRICS[name]} ({name})':64}{cells}")

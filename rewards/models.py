@@ -13,6 +13,7 @@ from common import InputError, first_line
 from common.data import encode_row
 from common.generate import is_tiny
 from common.models import choose_pad_id, context_length, load_with, ready, refuse_missing, resolve_model
+from report import progress
 from toy import base, world
 
 
@@ -93,7 +94,7 @@ def model_reward(name: str, device, autocast, flag: str):
         lines = [ids[-limit:] for ids in lines]  # a text that is too long loses its beginning
         order, values = sorted(range(len(lines)), key=lambda i: len(lines[i])), torch.zeros(len(lines))
         size = 64 if is_tiny(model) else 16
-        for start in range(0, len(order), size):
+        for start in progress.track(range(0, len(order), size), f"rewards of {len(order):,} answers"):
             chunk = order[start : start + size]
             batch = tokenizer.pad({"input_ids": [lines[i] for i in chunk]}, return_tensors="pt").to(device)
             with autocast():

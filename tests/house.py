@@ -53,10 +53,11 @@ FOLDERS = (
 # included.
 LAYERS = [
     ["common", "common.batches", "common.processes", "common.metrics"],
+    ["report", "report.progress"],
     ["common.generate", "common.fields", "common.oracle"],
-    ["common.files", "toy", "toy.world", "report", "report.table", "report.curves", "report.trackers"],
-    ["toy.base", "toy.documents"],
-    ["common.models", "common.data"],
+    ["common.files", "toy", "toy.world", "report.table", "report.curves", "report.folders"],
+    ["toy.base", "toy.documents", "report.card"],
+    ["common.models", "common.data", "report.trackers"],
     ["common.checkpoints", "report.facts", "rewards", "rewards.prompts"],
     ["judging", "judging.scores", "judging.answers", "judging.win_rate"],
     ["judging.command"],

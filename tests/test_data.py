@@ -501,7 +501,8 @@ def test_drops_are_counted_by_reason_and_said(tmp_path, plain):
     ]  # texts and examples stay side by side
     assert printed[0] == (
         "Training rows: 12 rows read, 6 used; dropped 3 (both answers are identical), 2 (an answer is empty), "
-        "1 (the prompt alone fills max_length); in 1 the boundary moved left because a token spans prompt and answer."
+        "1 (the prompt alone fills max_length); in 1 the boundary moved left because a token spans prompt and answer; "
+        f"{sum(2 * len(row['prompt']) + sum(map(len, row['completions'])) for row in train)} tokens."
     )
 
 
