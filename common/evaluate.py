@@ -5,7 +5,8 @@
 
 writes one line per row, in order: row, chosen_logps, rejected_logps, chosen_tokens,
 rejected_tokens, and chosen_reward, rejected_reward where the folder has a reward head (a run of
-dph.py); null values and `reason` for a row that cannot be used (judging/scores.py).
+dph.py); lists in place of numbers for a side with several answers; null values and `reason` for a
+row that cannot be used (judging/scores.py).
 """
 
 import json
@@ -168,11 +169,16 @@ class Args:
     context."""
     batch_size: int = 8
     """Sequences in one forward pass."""
+    chat: bool = False
+    """Put rows of plain text through the model's chat template."""
+    chat_template: str | None = None
+    """A Jinja file with a chat template in place of the model's own."""
 
 
 def main(args: Args) -> None:
     """Scores every row of a file; see the module's docstring."""
-    scores.score_file(args.model, args.data, Path(args.output), args.max_length, args.batch_size)
+    where = (args.model, args.data, Path(args.output))
+    scores.score_file(*where, args.max_length, args.batch_size, args.chat, args.chat_template)
 
 
 if __name__ == "__main__":

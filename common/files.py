@@ -198,8 +198,17 @@ def check_hub_id(name: str, kind: str, flag: str = "") -> None:
 
 
 def read_hub(name: str) -> dict[str, list[tuple[str, dict]]]:
+    """The rows of `hub_splits`, each with the place where it stands."""
+    splits = {}
+    for key, (hub_name, split) in hub_splits(name).items():
+        where = f"{name.partition(':')[0]}, {hub_name} row"
+        splits[key] = [(f"{where} {i}", row) for i, row in enumerate(split, 1)]
+    return splits
+
+
+def hub_splits(name: str) -> dict:
     """Splits of a data set of the hub, `name` or `name:subset` (a configuration or a data folder),
-    as {"train": rows, "test": rows or absent}."""
+    as {"train": (its name there, a data set), "test": the same or absent}."""
     import datasets
 
     name, _, subset = name.partition(":")
@@ -217,11 +226,7 @@ def read_hub(name: str) -> dict[str, list[tuple[str, dict]]]:
     if "train" not in loaded:
         raise InputError(f"--data {name}: no train split (found {', '.join(loaded)}).")
     names = {"train": "train", "test": "test" if "test" in loaded else "validation"}
-    splits = {}
-    for split, hub_name in names.items():
-        if hub_name in loaded:
-            splits[split] = [(f"{name}, {hub_name} row {i}", row) for i, row in enumerate(loaded[hub_name], 1)]
-    return splits
+    return {split: (hub_name, loaded[hub_name]) for split, hub_name in names.items() if hub_name in loaded}
 
 
 def plain(value):
