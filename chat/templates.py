@@ -8,7 +8,9 @@ from common import InputError, first_line
 # The default, then without thinking: some templates open a thought in the prompt that no answer
 # has.
 MODES: tuple[dict, ...] = ({}, {"enable_thinking": False})
-PROBE = [{"role": "assistant", "content": "."}]  # stands for an answer where only the prompt is asked for
+# Stand for an answer where only the prompt is asked for; two, of which one may merge with the
+# prompt.
+PROBES = [[{"role": "assistant", "content": text}] for text in (".", "A")]
 REWRITTEN = "the chat template does not keep the prompt's tokens when an answer follows"
 
 
@@ -25,13 +27,12 @@ def chat_ids(tokenizer, prompt: list[dict], answers: list[list[dict]]) -> tuple[
     for mode in MODES:
         try:
             texts = [render(tokenizer, prompt, add_generation_prompt=True, **mode)]
-            texts += [render(tokenizer, [*prompt, *answer], **mode) for answer in answers or [PROBE]]
+            texts += [render(tokenizer, [*prompt, *answer], **mode) for answer in answers or PROBES]
         except Exception as error:  # templates raise what they like: no system role, roles that must alternate
             return None, f"the chat template refuses the messages: {first_line(error)}"
         prompt_ids, *whole = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
-        boundary = min(common_prefix(prompt_ids, ids) for ids in whole)
-        if not answers and texts[1].startswith(texts[0]):
-            boundary = len(prompt_ids)  # a token across the boundary would be the probe's
+        decide = min if answers else max
+        boundary = decide(common_prefix(prompt_ids, ids) for ids in whole)
         found = found or (texts, prompt_ids, whole, boundary)
         if boundary == len(prompt_ids):
             found = (texts, prompt_ids, whole, boundary)

@@ -109,7 +109,8 @@ def sides_of_row(where: str, row: dict) -> tuple[tuple | None, str | None]:
     if not all(text.strip() for a in answers for text in ([a] if isinstance(a, str) else [m["content"] for m in a])):
         return None, "an answer is empty"
     n = len(sides[0])
-    return (prompt, tuple(answers[:n]), tuple(answers[n:])), None
+    names = (("chosen", answers[:n]), ("rejected", answers[n:]))
+    return (prompt, *(tuple(side) if isinstance(row[name], list) else side[0] for name, side in names)), None
 
 
 def is_turns(value: list) -> bool:
