@@ -106,7 +106,9 @@ def is_large(sources: list[str]) -> bool:
     for source in sources:
         if not is_row_file(source):
             rows += sum(len(split) for _, split in hub_splits(source).values())
-        elif (path := Path(source)).is_file():
+        elif not (path := Path(source)).is_file():
+            return False  # reading it says what is wrong
+        else:
             size += path.stat().st_size * (PACKED if path.suffix == ".gz" else 1)
     return size >= LARGE_BYTES or rows >= LARGE_ROWS
 
