@@ -72,7 +72,7 @@ def use_template(tokenizer, path: str) -> None:
         raise InputError(f"{flag}: cannot be read ({first_line(error)}).") from None
     if not text.strip():
         raise InputError(f"{flag}: the file is empty; expected a Jinja template.")
-    tokenizer.chat_template = text
+    tokenizer.chat_template, tokenizer.has_given_template = text, True
     try:
         render(tokenizer, [{"role": "user", "content": "a"}])
     except jinja2.TemplateSyntaxError as error:

@@ -108,6 +108,8 @@ def load_splits(source: tuple, kind, tokenizer, max_length: int, read, say, chat
     sources = [] if is_toy else [data, *filter(None, [eval_data])]
     settings = {"kind": kind, "eval_data": bool(eval_data), "split": source[2:]}
     splits, facts = load_encoded(sources, settings, tokenizer, max_length, read_and_remember, chat=chat, **options)
+    if chat or hasattr(tokenizer, "has_given_template"):  # another template would make other rows of them
+        facts["data_sha256"] = sha256_of([facts["data_sha256"], tokenizer.chat_template])
     for words in [*facts["words"], *([facts["hint"]] if facts["hint"] and not chat and not is_toy else [])]:
         say(words)
     describe_splits(splits, data, eval_data, say)

@@ -8,10 +8,11 @@ import torch
 from chat import messages, templates
 from common import InputError, data, evaluate, fields, oracle
 from common import models as model_loading
+from judging import scores
 from labelled import rows as labelled_rows
 from rewards import models as reward_models
 from rewards import prompts as rewards_prompts
-from tests import models
+from tests import models, runs
 from tests.chat_templates import TEMPLATES
 from tests.runs import CHAT, lines_file, train
 
@@ -331,10 +332,10 @@ def test_every_script_trains_strings_as_chats_with_a_template_of_a_file(script, 
     template = tmp_path / "mine.jinja"
     template.write_text(CHAT)
     rows = [{k: v.format(i) if k == "prompt" else v for k, v in SCRIPTS[script].items()} for i in range(4)]
-    seen, collate = [], data.load_splits
+    seen, load_splits = [], data.load_splits
 
     def watch(*args, **options):
-        splits, facts = collate(*args, **options)
+        splits, facts = load_splits(*args, **options)
         seen.extend(splits["train"])
         return splits, facts
 
@@ -342,8 +343,8 @@ def test_every_script_trains_strings_as_chats_with_a_template_of_a_file(script, 
         monkeypatch.setattr(module, "load_splits", watch)
     monkeypatch.setattr(reward_models, "load_reward", lambda *rest: lambda prompts, answers: torch.ones(len(prompts)))
     changes = {"model": base_model, "data": lines_file(tmp_path, rows), "max_steps": 1, "batch_size": 4}
-    if script == "reward_model":
-        changes["micro_batch_size"] = 4
+    if script == "reward_model":  # which samples nothing
+        monkeypatch.delitem(runs.SHORT, "kl_samples")
     if script in ("superhf", "ppo"):
         changes |= {"max_new_tokens": 4, "reward": "mine"}
     folder = train(script, tmp_path / "run", chat=True, chat_template=str(template), **changes)
@@ -412,6 +413,20 @@ def test_scores_of_several_answers_on_a_side(tmp_path, base_model, capsys):
     wins = [min(line) > max(other) for line, other in ((single[:1], single[1:]), (single[:2], single[2:]))]
     wins += [wins[0], single[0] > single[1], single[2] > single[3]]
     assert f"Preference accuracy {sum(wins) / 5:.3f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "share"),
+    [
+        ([2.0, 3.0], [1.0, 0.0], "1.000"),
+        ([0.5, 3.0], [1.0, 0.0], "0.000"),
+        ([1.0, 3.0], [1.0, 0.0], "0.500"),
+        (2.0, [1.0, 0.0], "1.000"),
+        (0.5, 1.0, "0.000"),
+    ],
+)
+def test_the_worst_chosen_answer_counts(chosen, rejected, share):
+    assert scores.share_above([{"a": chosen, "b": rejected}, {"a": None, "b": None}], "a", "b") == share
 
 
 @pytest.mark.parametrize(
