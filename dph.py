@@ -320,6 +320,10 @@ class Args:
     """Gradients are clipped to this norm; inf: never."""
     max_length: int | None = None
     """Tokens of prompt and one completion; None: the smaller of 1024 and the context."""
+    chat: bool = False
+    """Put rows of plain text through the model's chat template."""
+    chat_template: str | None = None
+    """A Jinja file with a chat template in place of the model's own."""
     share_prompt: bool = True
     """Compute a prompt once for both answers; otherwise twice."""
     gradient_checkpointing: bool = False
@@ -353,7 +357,7 @@ def main(args: Args) -> None:
 
     # The policy, which before its first step is also the reference.
     ref_folder = models.resolve_model(args.model, args.seed)
-    tokenizer = models.load_tokenizer(ref_folder)
+    tokenizer = models.load_tokenizer(ref_folder, args.chat_template)
     model = models.load_model(run.checkpoint or ref_folder, run.device, tokenizer)
     # [method]
     model = add_head(model, models.load_weights(run.checkpoint or ref_folder, "score.weight"))
@@ -364,7 +368,7 @@ def main(args: Args) -> None:
     # The rows, and the order in which training sees them.
     max_length = models.length_limit(args.max_length, model)
     rows_from = (args.data, args.eval_data, args.holdout, args.seed)
-    splits, data_sha256 = data.load_pairs(*rows_from, tokenizer, max_length)
+    splits, data_sha256 = data.load_pairs(*rows_from, tokenizer, max_length, chat=args.chat)
     plan = batches.plan_batches(splits["train"], args.batch_size, args.epochs, args.max_steps, args.seed)
     splits["train"], plan = batches.planned_rows(splits["train"], plan)
     pad_id = tokenizer.pad_token_id

@@ -296,6 +296,10 @@ class Args:
     """Gradients are clipped to this norm; inf: never."""
     max_length: int | None = None
     """Tokens of prompt and one completion; None: the smaller of 1024 and the context."""
+    chat: bool = False
+    """Put rows of plain text through the model's chat template."""
+    chat_template: str | None = None
+    """A Jinja file with a chat template in place of the model's own."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -341,7 +345,7 @@ def main(args: Args) -> None:
 
     # The policy, which before its first step is also the reference.
     ref_folder = models.resolve_model(args.model, args.seed)
-    tokenizer = models.load_tokenizer(ref_folder)
+    tokenizer = models.load_tokenizer(ref_folder, args.chat_template)
     model = models.load_model(run.checkpoint or ref_folder, run.device, tokenizer)
     if args.learn_partition:
         names = [f"partition.{name}" for name in ("weight", "bias", "centre", "spread")]
@@ -353,7 +357,7 @@ def main(args: Args) -> None:
     rows_from = (args.data, args.eval_data, args.holdout, args.seed)
     label_options = {"labels": args.labels, "label_scale": args.label_scale, "from_pairs": args.from_pairs}
     splits, data_sha256, label_kind = load_labelled(
-        *rows_from, tokenizer, max_length, unlabelled=not LABEL_NEEDED, **label_options
+        *rows_from, tokenizer, max_length, unlabelled=not LABEL_NEEDED, chat=args.chat, **label_options
     )
     plan = batches.plan_batches(splits["train"], args.batch_size, args.epochs, args.max_steps, args.seed)
     splits["train"], plan = batches.planned_rows(splits["train"], plan)

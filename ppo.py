@@ -515,6 +515,10 @@ class Args:
     """Gradients are clipped to this norm; inf: never."""
     max_length: int | None = None
     """Tokens of prompt and completion; None: the smaller of 1024 and the context."""
+    chat: bool = False
+    """Put rows of plain text through the model's chat template."""
+    chat_template: str | None = None
+    """A Jinja file with a chat template in place of the model's own."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -550,8 +554,8 @@ def main(args: Args) -> None:
 
     # The policy, the reference that it began as, and what rewards them.
     ref_folder = models.resolve_model(args.model, args.seed)
-    tokenizer = models.load_tokenizer(ref_folder)
-    shared = (args.data, run.device, run.autocast)
+    tokenizer = models.load_tokenizer(ref_folder, args.chat_template)
+    shared = (args.data, run.device, run.autocast, args.chat)
     rewards = load_rewards(args.reward, args.test_reward, load_reward, shared)
     weights_folder = run.checkpoint or ref_folder
     value_head = models.load_weights(weights_folder, "value.weight", "value.bias")
@@ -560,7 +564,7 @@ def main(args: Args) -> None:
     # The prompts, and the order in which training sees them.
     max_length = models.length_limit(args.max_length, model)
     rows_from = (args.data, args.eval_data, args.holdout, args.seed)
-    splits, data_sha256 = load_prompts(*rows_from, tokenizer, max_length, args.max_new_tokens)
+    splits, data_sha256 = load_prompts(*rows_from, tokenizer, max_length, args.max_new_tokens, chat=args.chat)
     plan = batches.plan_batches(splits["train"], args.batch_size, args.epochs, args.max_steps, args.seed)
     longest = {"longest": [longest_row(splits, tokenizer.eos_token_id)]}
     splits["train"], plan = batches.planned_rows(splits["train"], plan)

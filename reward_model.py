@@ -130,6 +130,10 @@ class Args:
     """Gradients are clipped to this norm; inf: never."""
     max_length: int | None = None
     """Tokens of prompt and one completion; None: the smaller of 1024 and the context."""
+    chat: bool = False
+    """Put rows of plain text through the model's chat template."""
+    chat_template: str | None = None
+    """A Jinja file with a chat template in place of the model's own."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -160,7 +164,7 @@ def main(args: Args) -> None:
 
     # The model: one with a head already goes on, any other gets a new one that is zero.
     model_folder = models.resolve_model(args.model, args.seed)
-    tokenizer = models.load_tokenizer(model_folder)
+    tokenizer = models.load_tokenizer(model_folder, args.chat_template)
     model = load_classifier(run.checkpoint or model_folder, run.device, tokenizer)
     run.prepare(model.train())
     compute = models.bind_forward(model, compute_loss)
@@ -168,7 +172,7 @@ def main(args: Args) -> None:
     # The rows, and the order in which training sees them.
     max_length = models.length_limit(args.max_length, model, tokenizer)
     rows_from = (args.data, args.eval_data, args.holdout, args.seed)
-    splits, data_sha256 = data.load_pairs(*rows_from, tokenizer, max_length)
+    splits, data_sha256 = data.load_pairs(*rows_from, tokenizer, max_length, chat=args.chat)
     splits["train"] = half_of(splits["train"], args.half)
     if args.half != "all":
         print0(f"The {args.half} half of the prompts: {len(splits['train']):,} rows to train on.")

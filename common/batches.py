@@ -39,7 +39,8 @@ class Rows(list):
         if self.dropped:
             parts.append("dropped " + ", ".join(f"{n:,} ({reason})" for reason, n in self.dropped.most_common()))
         if self.moved:
-            parts.append(f"in {self.moved:,} the boundary moved left because a token spans prompt and answer")
+            reasons = "a token spans prompt and answer, or the template's generation prompt is not kept"
+            parts.append(f"in {self.moved:,} the boundary moved left ({reasons})")
         if tokens := count_tokens(self):
             parts.append(f"{tokens:,} tokens")
         return "; ".join(parts) + "."

@@ -1,8 +1,7 @@
-"""Rows to token ids, and the splits of a run; docs/data.md tells users the conventions.
+"""The rows of a run in their splits; docs/data.md tells users the conventions.
 
-Text to tokens is the tokenizer's own reading of `prompt + completion`; the prompt's tokens are the
-same in all answers of a row; one EOS ends an answer that was not cut; rows that cannot be used are
-dropped and counted; a file that cannot be read stops the run with file, line and field.
+Rows that cannot be used are dropped and counted; a file that cannot be read stops the run with
+file, line and field.
 """
 
 import hashlib
@@ -10,11 +9,15 @@ import json
 import random
 from collections import Counter
 
-from common import InputError, first_line
+from chat import templates
+from common import InputError
 from common.batches import Rows
-from common.fields import common_prefix, pair_of_row
+from common.fields import pair_of_row
 from common.files import is_row_file, read_hub, read_rows
 from common.processes import print0
+from tokens.encode import encode_row as encode_row
+from tokens.encode import encode_rows as encode_rows
+from tokens.store import load_encoded
 from toy import base
 
 SPLITS = {"train": "Training rows", "held_out": "Held-out rows", "unseen": "Rows on unseen questions"}
@@ -27,86 +30,6 @@ def split_by_prompt(rows: list[tuple], share: float, seed: int) -> tuple[list, l
     random.Random(seed).shuffle(distinct)
     held = set(distinct[: round(share * len(distinct))])
     return [r for r, k in zip(rows, keys) if k not in held], [r for r, k in zip(rows, keys) if k in held]
-
-
-def encode_row(tokenizer, prompt, answers: list, max_length: int) -> tuple[dict | None, str | None, bool]:
-    """Token ids of one prompt and its answers.
-
-    Args:
-        prompt: a string, or a list of messages, which goes through the tokenizer's chat template.
-            An empty one becomes the token that the tokenizer begins a text with, or EOS where it
-            has none.
-        answers: strings or lists of messages; none where only the prompt is asked for.
-        max_length: limit in tokens for the prompt and one completion; completions lose their end.
-
-    Returns:
-        ({"prompt": ids, "completions": [ids, ...]}, None, moved), or (None, reason, False).
-        `moved`: the boundary had to be moved to the left, because a token would have crossed it.
-        One EOS ends each completion that was not cut.
-    """
-    eos = tokenizer.eos_token_id
-    ids_of = text_ids if isinstance(prompt, str) else chat_ids
-    encoded, reason = ids_of(tokenizer, prompt, answers)
-    if reason:
-        return None, reason, False
-    prompt_ids, whole, boundary, ended = encoded
-    if boundary == 0:
-        return None, "prompt and answers share no token", False
-    if boundary >= max_length:
-        return None, "the prompt alone fills max_length", False
-    whole = [ids if done else [*ids, eos] for ids, done in zip(whole, ended)]
-    completions = [ids[boundary:max_length] for ids in whole]
-    # A tokenizer that ends every text in EOS puts one behind the prompt: no boundary moved.
-    own = len(prompt_ids) - (prompt_ids[-1] == eos)
-    return {"prompt": (whole or [prompt_ids])[0][:boundary], "completions": completions}, None, boundary < own
-
-
-def text_ids(tokenizer, prompt: str, answers: list[str]) -> tuple[tuple | None, str | None]:
-    """((prompt ids, ids of prompt + answer for each, boundary, whether each ends in EOS), None)."""
-    eos = tokenizer.eos_token_id
-    prompt_ids = tokenizer(prompt).input_ids
-    whole = [tokenizer(prompt + answer).input_ids for answer in answers]
-    if not prompt and not prompt_ids:
-        # Nothing precedes the text, not even a token of the tokenizer's: EOS stands for that.
-        prompt_ids, whole = [eos], [[eos, *ids] for ids in whole]
-    ends_in_eos = len(prompt_ids) > 1 and prompt_ids[-1] == eos  # as some tokenizers end every text
-    boundary = min((common_prefix(prompt_ids, ids) for ids in whole), default=len(prompt_ids) - ends_in_eos)
-    return (prompt_ids, whole, boundary, [bool(ids) and ids[-1] == eos for ids in whole]), None
-
-
-def chat_ids(tokenizer, prompt: list[dict], answers: list[list[dict]]) -> tuple[tuple | None, str | None]:
-    """The same of chat messages, or (None, reason)."""
-    if tokenizer.chat_template is None:
-        return None, "chat messages, but the tokenizer has no chat template"
-    try:
-        texts = [tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)]
-        texts += [tokenizer.apply_chat_template(prompt + answer, tokenize=False) for answer in answers]
-    except Exception as error:  # templates raise what they like: no system role, roles that must alternate
-        return None, f"the chat template refuses the messages: {first_line(error)}"
-    prompt_ids, *whole = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
-    boundary = len(prompt_ids)
-    if any(ids[:boundary] != prompt_ids for ids in whole):
-        return None, "the chat template does not keep the prompt's tokens when an answer follows"
-    # Templates put a newline after the end of turn, so the EOS need not be the last token.
-    ended = [tokenizer.eos_token_id in ids[boundary:] for ids in whole]
-    return (prompt_ids, whole, boundary, ended), None
-
-
-def encode_rows(tokenizer, texts: list[tuple], max_length: int, dropped=None, answers: int = 2, columns=()) -> Rows:
-    """Encodes rows (prompt, answer, ..., value, ...): `answers` answers, then a value for each name
-    in `columns`.
-
-    Rows that cannot be used are counted by reason beside those in `dropped`."""
-    rows = Rows(seen=len(texts) + sum((dropped or {}).values()), dropped=dropped)
-    for text in texts:
-        prompt, *rest = text
-        row, reason, moved = encode_row(tokenizer, prompt, rest[:answers], max_length)
-        if reason:
-            rows.dropped[reason] += 1
-        else:
-            rows.append(row | {"texts": text} | dict(zip(columns, rest[answers:])))
-            rows.moved += moved
-    return rows
 
 
 def usable(rows: list[tuple[str, dict]], of_row) -> tuple[list[tuple], Counter]:
@@ -159,15 +82,53 @@ def describe_splits(splits: dict[str, Rows], data: str, eval_data: str | None, s
             raise InputError(f"{flag}: no usable row is left to {use} ({reasons or 'all were held out'}).")
 
 
-def load_pairs(data: str, eval_data: str | None, holdout: float, seed: int, tokenizer, max_length: int, say=print0):
-    """Preference pairs as {"train": Rows, "held_out": Rows, "unseen": Rows (toy only)}, and the
-    sha256 of the rows as read.
+def load_splits(source: tuple, kind, tokenizer, max_length: int, read, say, chat=False, **options):
+    """({split: Rows}, facts) of `--data`, drops said by reason; InputError where no row is left.
 
-    Drops are counted by reason and said. Raises InputError where no row is left."""
-    texts, digest = read_splits(data, eval_data, holdout, seed, base.pairs, pair_of_row)
-    splits = {name: encode_rows(tokenizer, pairs, max_length, dropped) for name, (pairs, dropped) in texts.items()}
+    Args:
+        source: (data, eval_data, holdout, seed).
+        kind: what rows are read as, with all options that decide which come out.
+        read: (say) -> ({split: (rows, dropped)}, facts), with "data_sha256" and "text", whether
+            there are rows of plain text, added to the facts of `read_splits`.
+        chat: whether strings go through the chat template.
+        options: of `encode_rows`.
+    """
+    data, eval_data, *_ = source
+    is_toy = base.flip_share(data) is not None
+    if chat:
+        templates.check_chat(tokenizer, is_toy)
+
+    def read_and_remember() -> tuple[dict, dict]:
+        """Words are kept, to be said again where the rows come from the disk."""
+        words: list[str] = []
+        texts, facts = read(words.append)
+        prompts = (row[0] for rows, _ in texts.values() for row in rows)
+        return texts, facts | {"words": words, "hint": templates.hint(tokenizer, prompts)}
+
+    sources = [] if is_toy else [data, *filter(None, [eval_data])]
+    settings = {"kind": kind, "eval_data": bool(eval_data), "split": source[2:]}
+    splits, facts = load_encoded(sources, settings, tokenizer, max_length, read_and_remember, chat=chat, **options)
+    if chat or hasattr(tokenizer, "has_given_template"):  # another template would make other rows of them
+        facts["data_sha256"] = sha256_of([facts["data_sha256"], tokenizer.chat_template])
+    for words in [*facts["words"], *([facts["hint"]] if facts["hint"] and not chat and not is_toy else [])]:
+        say(words)
     describe_splits(splits, data, eval_data, say)
-    return splits, digest
+    return splits, facts
+
+
+def load_pairs(
+    data: str, eval_data: str | None, holdout: float, seed: int, tokenizer, max_length: int, say=print0, chat=False
+):
+    """Preference pairs as {"train": Rows, "held_out": Rows, "unseen": Rows (toy only)}, and the
+    sha256 of the rows as read."""
+    source = (data, eval_data, holdout, seed)
+
+    def read(say) -> tuple[dict, dict]:
+        texts, digest = read_splits(*source, base.pairs, pair_of_row)
+        return texts, {"data_sha256": digest}
+
+    splits, facts = load_splits(source, "pairs", tokenizer, max_length, read, say, chat)
+    return splits, facts["data_sha256"]
 
 
 def sha256_of(value: object) -> str:

@@ -2,24 +2,10 @@
 
 import json
 
+from chat.messages import as_answer, common_prefix, is_messages, pair_of_messages, read_chats
 from common import InputError
 
 MARKER = "\n\nAssistant:"  # where an answer begins in a dialogue that is one string
-
-
-def is_messages(value: object) -> bool:
-    """A chat: a non-empty list of {"role": str, "content": str}."""
-    return isinstance(value, list) and len(value) > 0 and all(map(is_message, value))
-
-
-def is_message(value: object) -> bool:
-    """One turn of a chat."""
-    return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
-
-
-def common_prefix(a, b) -> int:
-    """Length of the longest common prefix of two sequences."""
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def split_implicit_prompt(chosen: str, rejected: str) -> tuple[str, str, str]:
@@ -49,22 +35,34 @@ def names_of(row: dict) -> str:
     return " ".join(", ".join(map(str, row)).split()) or "none"  # a name may hold line breaks
 
 
-def pair_of_row(where: str, row: dict) -> tuple[tuple | None, str | None]:
-    """((prompt, chosen, rejected), None), each a string or a list of messages, or (None, reason)
-    for a row to drop.
-
-    Raises InputError where a column is missing. Without `prompt` the prompt is implicit: what both
-    answers begin with."""
+def refuse_half_pair(where: str, row: dict) -> None:
+    """Raises InputError where one side of a pair is missing."""
     for field in ("chosen", "rejected"):
         if field not in row:
             raise InputError(
                 f'{where}: no field "{field}"; expected chosen and rejected, and prompt unless it is part of both '
                 f"(found {names_of(row)})."
             )
-    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+
+
+def pair_of_row(where: str, row: dict) -> tuple[tuple | None, str | None]:
+    """((prompt, chosen, rejected), None), each a string or a list of messages, or (None, reason)
+    for a row to drop.
+
+    Raises InputError where a column is missing. Without `prompt` (or `conversations`) the prompt is
+    implicit: what both answers begin with."""
+    refuse_half_pair(where, row)
+    field = "conversations" if "prompt" not in row and "conversations" in row else "prompt"
+    (prompt, chosen, rejected), reason = read_chats(row.get(field), row["chosen"], row["rejected"])
+    if reason:
+        return None, reason
+    if is_messages(prompt):
+        chosen, rejected = as_answer(chosen), as_answer(rejected)
     if is_messages(chosen) and is_messages(rejected):
         pair, reason = pair_of_messages(prompt, chosen, rejected)
-    elif not all(isinstance(row[field], str) for field in ("prompt", "chosen", "rejected") if field in row):
+    elif any(isinstance(side, list) and side and isinstance(side[0], str) for side in (chosen, rejected)):
+        pair, reason = None, "several answers on a side, which only common.evaluate reads"
+    elif not all(isinstance(value, str) for value in (chosen, rejected, *([prompt] if field in row else []))):
         pair, reason = None, "a field is neither text nor chat messages"
     else:
         pair, reason = pair_of_texts(prompt, chosen, rejected)
@@ -75,27 +73,8 @@ def pair_of_row(where: str, row: dict) -> tuple[tuple | None, str | None]:
     return pair, reason
 
 
-def pair_of_messages(prompt, chosen: list[dict], rejected: list[dict]) -> tuple[tuple | None, str | None]:
-    """The same for answers that are chat messages: whole dialogues, or what follows the prompt."""
-    if is_messages(prompt):
-        repeated = chosen[: len(prompt)] == prompt and rejected[: len(prompt)] == prompt
-        n = len(prompt) if repeated else 0
-        chosen, rejected = chosen[n:], rejected[n:]
-    else:  # a string beside whole dialogues repeats the first question (UltraFeedback): the messages themselves decide
-        n = min(common_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
-        if n <= 0 and isinstance(prompt, str) and prompt.strip():
-            prompt = [{"role": "user", "content": prompt}]
-        else:
-            prompt, chosen, rejected = chosen[:n], chosen[n:], rejected[n:]
-    if not prompt:
-        return None, "no common prompt"
-    if not chosen or not rejected or not all(m["content"].strip() for m in (*chosen, *rejected)):
-        return None, "an answer is empty"
-    return (prompt, chosen, rejected), None
-
-
 def pair_of_texts(prompt: str | None, chosen: str, rejected: str) -> tuple[tuple | None, str | None]:
-    """The same for strings; prompt None: it is part of both answers."""
+    """The same for strings alone; prompt None: it is part of both answers."""
     if not chosen.strip() or not rejected.strip():
         return None, "an answer is empty"
     if prompt is None:

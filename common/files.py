@@ -198,9 +198,20 @@ def check_hub_id(name: str, kind: str, flag: str = "") -> None:
         raise InputError(f"{missing} here, and the hub cannot be reached for a {kind} of that name.") from None
 
 
-def read_hub(name: str, lazy: bool = False) -> dict[str, list[tuple[str, dict]]]:
+def read_hub(name: str, lazy: bool = False) -> dict:
+    """The rows of `hub_splits`, each with the place where it stands; `lazy`: iterators that read
+    from the disk."""
+    splits = {}
+    for key, (hub_name, split) in hub_splits(name).items():
+        where = f"{name.partition(':')[0]}, {hub_name} row"
+        rows = ((f"{where} {i}", row) for i, row in enumerate(split, 1))
+        splits[key] = rows if lazy else list(rows)
+    return splits
+
+
+def hub_splits(name: str) -> dict:
     """Splits of a data set of the hub, `name` or `name:subset` (a configuration or a data folder),
-    as {"train": rows, "test": rows or absent}; `lazy`: iterators that read from the disk."""
+    as {"train": (its name there, a data set), "test": the same or absent}."""
     import datasets
 
     name, _, subset = name.partition(":")
@@ -217,12 +228,8 @@ def read_hub(name: str, lazy: bool = False) -> dict[str, list[tuple[str, dict]]]
         raise InputError(f"--data {name}: the data set cannot be loaded ({first_line(error)}).") from None
     if "train" not in loaded:
         raise InputError(f"--data {name}: no train split (found {', '.join(loaded)}).")
-    splits, names = {}, {"train": "train", "test": "test" if "test" in loaded else "validation"}
-    for split, hub_name in names.items():
-        if hub_name in loaded:
-            places = map(f"{name}, {hub_name} row {{}}".format, range(1, len(loaded[hub_name]) + 1))
-            splits[split] = zip(places, loaded[hub_name]) if lazy else list(zip(places, loaded[hub_name]))
-    return splits
+    names = {"train": "train", "test": "test" if "test" in loaded else "validation"}
+    return {split: (hub_name, loaded[hub_name]) for split, hub_name in names.items() if hub_name in loaded}
 
 
 def plain(value):

@@ -7,6 +7,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
+from chat.templates import use_template
 from common import InputError, first_line
 from common.files import check_hub_id
 from common.generate import is_tiny
@@ -37,8 +38,9 @@ def resolve_model(name: str, seed: int = 0, flag: str = "--model") -> str:
     return huggingface_hub.snapshot_download(name, revision=PINNED.get(name), **wanted, local_files_only=offline)
 
 
-def load_tokenizer(folder: str):
-    """The tokenizer of a model folder, with a pad token distinct from EOS."""
+def load_tokenizer(folder: str, chat_template: str | None = None):
+    """The tokenizer of a model folder, with a pad token distinct from EOS; chat_template: a file
+    with one in place of its own."""
     from transformers import AutoTokenizer
 
     try:
@@ -49,6 +51,8 @@ def load_tokenizer(folder: str):
         tokenizer.eos_token = tokenizer.sep_token  # encoders end a text with it
     if tokenizer.eos_token_id is None:
         raise InputError(f"--model {folder}: the tokenizer has no EOS token, so an answer could not end.")
+    if chat_template:
+        use_template(tokenizer, chat_template)
     tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(choose_pad_id(tokenizer))

@@ -11,13 +11,15 @@ from pathlib import Path
 
 import torch
 
+from chat import templates
 from common import InputError
-from common.data import encode_row, sha256_of
+from common.data import sha256_of
 from common.files import append_json_line, plain, read_rows, write_text
 from common.generate import decode_completion, sample
 from common.models import length_limit, load_model, load_tokenizer, load_weights, resolve_model, sha256_of_model
 from common.oracle import plain_rewards
 from rewards.prompts import prompt_of_row
+from tokens.encode import encode_row
 
 GROUP = 16  # rows that are sampled together
 
@@ -32,6 +34,8 @@ def answer_file(
     top_p: float = 1.0,
     seed: int = 0,
     max_length: int | None = None,
+    chat: bool = False,
+    chat_template: str | None = None,
 ) -> None:
     """Writes a line for each row of a file of prompts, in order, and says how many there are.
 
@@ -43,6 +47,7 @@ def answer_file(
         prompts: a file of rows with `prompt`, or of pairs.
         temperature: 0 is greedy.
         max_length: limit in tokens for prompt and answer; None: by the model.
+        chat: whether strings go through the chat template; chat_template: a file with one.
     """
     if output.exists():
         raise InputError(f"--output {output}: the file exists already; choose another name.")
@@ -60,17 +65,22 @@ def answer_file(
         **{"best_of": best_of, "max_new_tokens": max_new_tokens, "temperature": temperature},
         **{"top_p": top_p, "seed": seed, "max_length": max_length},
     }
+    tokenizer = load_tokenizer(folder, chat_template)
+    settings |= {"chat": chat, "template_sha256": sha256_of(tokenizer.chat_template)}
+    if chat:
+        templates.check_chat(tokenizer, is_toy=False)
+    elif hint := templates.hint(tokenizer, (text[0] for text, _ in texts if text)):
+        print(hint)
     begun = output.with_name(output.name + ".begun")
     lines = begun_lines(begun, settings)
     if lines:
         print(f"Going on after row {len(lines) - 1} of {begun}.")
-    tokenizer = load_tokenizer(folder)
     model = load_model(folder, "cuda" if torch.cuda.is_available() else "cpu", tokenizer).eval()
     room = length_limit(max_length, model) - max_new_tokens
     shape = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     for start in range(len(lines), len(texts), GROUP):
         group = texts[start : start + GROUP]
-        for line in answers_to(model, tokenizer, head, group, start, room, best_of, seed, shape):
+        for line in answers_to(model, tokenizer, head, group, start, room, chat, best_of, seed, shape):
             append_json_line(begun, line)
             lines.append(line)
         print(f"{len(lines):,} of {len(texts):,} rows", flush=True)
@@ -99,7 +109,7 @@ def begun_lines(begun: Path, settings: dict) -> list[dict]:
     return lines
 
 
-def answers_to(model, tokenizer, head, texts: list, first: int, room: int, best_of: int, seed: int, shape: dict):
+def answers_to(model, tokenizer, head, texts, first: int, room: int, chat: bool, best_of: int, seed: int, shape: dict):
     """The lines of a group of rows, the first of which has the number `first`.
 
     Args:
@@ -109,7 +119,7 @@ def answers_to(model, tokenizer, head, texts: list, first: int, room: int, best_
     lines, prompt_ids = [], {}
     for number, (text, reason) in enumerate(texts, first):
         if text:
-            row, reason, _ = encode_row(tokenizer, text[0], [], room)
+            row, reason, _ = encode_row(tokenizer, text[0], [], room, chat)
             prompt_ids |= {number: row["prompt"]} if row else {}
         lines.append({"row": number, "reason": reason} if reason else {"row": number, "prompt": text[0]})
     repeated = [ids for ids in prompt_ids.values() for _ in range(best_of)]

@@ -4,7 +4,8 @@
 
 writes one line per row, in order: row, chosen_logps, rejected_logps, chosen_tokens,
 rejected_tokens, and chosen_reward, rejected_reward where the folder has a reward head (a run of
-dph.py); null values and `reason` for a row that cannot be used.
+dph.py); lists in place of numbers for a side with several answers; null values and `reason` for a
+row that cannot be used.
 
     python -m common.evaluate --model runs/my-run --generate prompts.jsonl --best-of 8
 
@@ -37,6 +38,10 @@ class Args:
     max_length: int | None = None
     """Limit in tokens for prompt and one completion; None: the smaller of 1024 and the model's
     context."""
+    chat: bool = False
+    """Put rows of plain text through the model's chat template."""
+    chat_template: str | None = None
+    """A Jinja file with a chat template in place of the model's own."""
     batch_size: int = 8
     """--data: sequences in one forward pass."""
     best_of: int = 1
@@ -56,13 +61,15 @@ def main(args: Args) -> None:
     if bool(args.data) == bool(args.generate):
         raise InputError("Expected one of --data FILE, to score its pairs, and --generate FILE, to answer its prompts.")
     if args.data:
-        score_file(args.model, args.data, Path(args.output), args.max_length, args.batch_size)
+        where = (args.model, args.data, Path(args.output))
+        score_file(*where, args.max_length, args.batch_size, args.chat, args.chat_template)
         return
     ranges = {"best_of": args.best_of >= 1, "max_new_tokens": args.max_new_tokens >= 1}
     ranges |= {"temperature": 0 <= args.temperature < math.inf, "top_p": 0 < args.top_p <= 1}
     for name in (name for name, holds in ranges.items() if not holds):
         raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: out of range.")
     shape = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed, "max_length": args.max_length}
+    shape |= {"chat": args.chat, "chat_template": args.chat_template}
     answer_file(args.model, args.generate, Path(args.output), args.best_of, args.max_new_tokens, **shape)
 
 

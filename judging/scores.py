@@ -10,35 +10,51 @@ from pathlib import Path
 
 import torch
 
+from chat import templates
+from chat.messages import as_answer, is_messages, read_chats
 from common import InputError
 from common.batches import row_length
-from common.data import encode_row
-from common.fields import pair_of_row
+from common.fields import is_unicode, pair_of_row, refuse_half_pair
 from common.files import plain, read_rows, write_text
 from common.generate import is_tiny
 from common.metrics import accuracy
 from common.models import length_limit, load_model, load_tokenizer, load_weights, resolve_model
-from common.oracle import plain_logps, plain_rewards, sequences_of
+from common.oracle import plain_logps, plain_rewards
+from tokens.encode import encode_row
 
 SCORES = ("chosen_logps", "rejected_logps", "chosen_tokens", "rejected_tokens")
 REWARDS = ("chosen_reward", "rejected_reward")
+PAIRS = {"logps": SCORES[:2], "tokens": SCORES[2:], "reward": REWARDS}
 
 
-def score_file(model_name: str, data: str, output: Path, max_length: int | None, batch_size: int) -> None:
+def score_file(
+    model_name: str,
+    data: str,
+    output: Path,
+    max_length: int | None,
+    batch_size: int,
+    chat: bool = False,
+    chat_template: str | None = None,
+) -> None:
     """Writes the scores of every row of a file of pairs, in order, and says how many there are.
 
     Args:
         max_length: limit in tokens for prompt and one completion; None: by the model.
         batch_size: sequences in one forward pass.
+        chat: whether strings go through the chat template; chat_template: a file with one.
     """
     if output.exists():
         raise InputError(f"--output {output}: the file exists already; choose another name.")
     if not output.parent.is_dir():
         raise InputError(f"--output {output}: there is no folder {output.parent}.")
     rows = read_rows(data)
-    pairs = [pair_of_row(where, row) for where, row in rows]  # a missing column stops here, before any work
+    sides = [sides_of_row(where, row) for where, row in rows]  # a missing column stops here, before any work
     folder = resolve_model(model_name)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, chat_template)
+    if chat:
+        templates.check_chat(tokenizer, is_toy=False)
+    elif hint := templates.hint(tokenizer, (row[0] for row, _ in sides if row)):
+        print(hint)
     model = load_model(folder, "cuda" if torch.cuda.is_available() else "cpu", tokenizer).eval()
     if is_tiny(model) and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
@@ -46,13 +62,15 @@ def score_file(model_name: str, data: str, output: Path, max_length: int | None,
     # [1, hidden] where the folder is a dph.py run, or another reward model
     head = load_weights(folder, "score.weight").get("score.weight")
     lines, encoded, reasons = [], {}, Counter()
-    for number, (pair, reason) in enumerate(pairs):
-        if pair:
-            row, reason, _ = encode_row(tokenizer, pair[0], list(pair[1:]), max_length)
+    for number, (row, reason) in enumerate(sides):
+        if row:
+            prompt, *answers = row
+            answers = [answer for side in answers for answer in (side if isinstance(side, tuple) else [side])]
+            ids, reason, _ = encode_row(tokenizer, prompt, answers, max_length, chat)
         if reason:
             reasons[reason] += 1
         else:
-            encoded[number] = row
+            encoded[number] = ids
         lines.append({"row": number, **dict.fromkeys(SCORES if head is None else SCORES + REWARDS)})
         lines[-1] |= {"reason": reason} if reason else {}
     order = sorted(encoded, key=lambda number: row_length(encoded[number]))
@@ -60,23 +78,88 @@ def score_file(model_name: str, data: str, output: Path, max_length: int | None,
     for start in range(0, len(order), step):
         numbers = order[start : start + step]
         chunk = [encoded[number] for number in numbers]
-        for number, scores in zip(numbers, score_pairs(model, head, chunk, tokenizer.pad_token_id, batch_size)):
-            lines[number] |= scores
+        for number, scores in zip(numbers, score_answers(model, head, chunk, tokenizer.pad_token_id, batch_size)):
+            for name, values in scores.items():
+                lines[number] |= dict(zip(PAIRS[name], split_sides(sides[number][0], values)))
     write_text(output, "".join(json.dumps(plain(line), allow_nan=False) + "\n" for line in lines))
-    scores = [[line["chosen_logps"], line["rejected_logps"]] for line in lines if line["chosen_logps"] is not None]
-    dropped = "".join(f", {n:,} dropped ({reason})" for reason, n in reasons.most_common())
-    share = accuracy(torch.tensor(scores).view(-1, 2))
-    share = "-" if share is None else f"{share:.3f}"
-    print(f"{len(lines):,} rows, {len(encoded):,} scored{dropped}. Preference accuracy {share}. Written to {output}.")
+    say_scores(lines, len(encoded), reasons, output)
 
 
-def score_pairs(model, head, rows: list[dict], pad_id: int, batch_size: int) -> list[dict]:
-    """What a line of the output says of each pair."""
-    logps = plain_logps(model, sequences_of(rows), pad_id, batch_size).view(2, -1).T.tolist()
+def sides_of_row(where: str, row: dict) -> tuple[tuple | None, str | None]:
+    """((prompt, chosen, rejected), None) or (None, reason): a side is one answer, or a tuple of
+    several where the row has a list of them."""
+    refuse_half_pair(where, row)
+    if not any(isinstance(row[name], list) and not is_turns(row[name]) for name in ("chosen", "rejected")):
+        return pair_of_row(where, row)
+    sides = [value if isinstance(value, list) else [value] for value in (row["chosen"], row["rejected"])]
+    (prompt, *answers), reason = read_chats(row.get("prompt", row.get("conversations")), *sides[0], *sides[1])
+    if reason:
+        return None, reason
+    if not all(sides):
+        return None, "a side has no answer"
+    if is_messages(prompt):
+        answers = [as_answer(answer) for answer in answers]
+    kind = is_messages if is_messages(prompt) else lambda value: isinstance(value, str)
+    if not (is_messages(prompt) or isinstance(prompt, str)) or not all(map(kind, answers)):
+        return None, "a field is neither text nor chat messages"
+    if not is_unicode([prompt, answers]):
+        return None, "a field is not valid Unicode text"
+    if isinstance(prompt, str) and not prompt.strip():
+        return None, "the prompt is empty"
+    if not all(text.strip() for a in answers for text in ([a] if isinstance(a, str) else [m["content"] for m in a])):
+        return None, "an answer is empty"
+    n = len(sides[0])
+    names = (("chosen", answers[:n]), ("rejected", answers[n:]))
+    return (prompt, *(tuple(side) if isinstance(row[name], list) else side[0] for name, side in names)), None
+
+
+def is_turns(value: list) -> bool:
+    """Whether a list is one chat rather than several answers."""
+    return bool(value) and all(isinstance(turn, dict) for turn in value)
+
+
+def split_sides(row: tuple, values: list) -> list:
+    """What is known of each answer as (chosen, rejected): a number for a side of one answer, a list
+    for a side of several."""
+    n = len(row[1]) if isinstance(row[1], tuple) else 1
+    return [
+        part if isinstance(side, tuple) else part[0] for side, part in zip((row[1], row[2]), (values[:n], values[n:]))
+    ]
+
+
+def score_answers(model, head, rows: list[dict], pad_id: int, batch_size: int) -> list[dict]:
+    """What is known of the answers of each row: {"logps", "tokens", "reward"}, a value for each
+    answer, chosen ones first."""
+    sequences = [(row["prompt"], ids) for row in rows for ids in row["completions"]]
+    logps = iter(plain_logps(model, sequences, pad_id, batch_size).tolist())
     scores = []
-    for row, values in zip(rows, logps):
-        scores.append(dict(zip(SCORES, [*values, *map(len, row["completions"])])))
+    for row in rows:
+        scores.append(
+            {"logps": [next(logps) for _ in row["completions"]], "tokens": list(map(len, row["completions"]))}
+        )
         if head is not None:
-            rewards = plain_rewards(model, head, [(row["prompt"], ids) for ids in row["completions"]])
-            scores[-1] |= dict(zip(REWARDS, rewards))
+            pairs = [(row["prompt"], ids) for ids in row["completions"]]
+            scores[-1]["reward"] = plain_rewards(model, head, pairs)
     return scores
+
+
+def share_above(lines: list[dict], chosen: str, rejected: str) -> str:
+    """Share of the rows whose chosen answers all score higher than all rejected ones, ties one
+    half."""
+    scores = []
+    for line in lines:
+        if line.get(chosen) is not None:
+            worst, best = line[chosen], line[rejected]
+            worst = min(worst) if isinstance(worst, list) else worst
+            scores.append([worst, max(best) if isinstance(best, list) else best])
+    share = accuracy(torch.tensor(scores).view(-1, 2))
+    return "-" if share is None else f"{share:.3f}"
+
+
+def say_scores(lines: list[dict], scored: int, reasons: Counter, output: Path) -> None:
+    """The line at the end."""
+    dropped = "".join(f", {n:,} dropped ({reason})" for reason, n in reasons.most_common())
+    shares = f"Preference accuracy {share_above(lines, 'chosen_logps', 'rejected_logps')}"
+    if "chosen_reward" in lines[0]:
+        shares += f", reward accuracy {share_above(lines, 'chosen_reward', 'rejected_reward')}"
+    print(f"{len(lines):,} rows, {scored:,} scored{dropped}. {shares}. Written to {output}.")

@@ -7,10 +7,11 @@ import functools
 import re
 import statistics
 
+from chat.messages import CHATS, as_answer, is_messages, read_chat, read_chats, split_last_turn
 from common import InputError
 from common.batches import Rows
-from common.data import describe_splits, encode_rows, read_splits
-from common.fields import is_messages, is_unicode, names_of, pair_of_row
+from common.data import load_splits, read_splits
+from common.fields import is_unicode, names_of, pair_of_row
 from common.processes import print0
 from toy import base
 
@@ -40,32 +41,26 @@ def labelled_of_row(where: str, row: dict, unlabelled: bool = False) -> tuple[tu
     """((prompt, answer, label), None), texts as strings or lists of messages and the label a float,
     or (None, reason) for a row to drop.
 
-    The answer is in `completion` or `response`, or all is in `text` and there is no prompt; the
-    label is in `label` or `score`. Raises InputError where a column is missing. unlabelled: rows
-    without a label are demonstrations, with label 1."""
-    answer = next((name for name in ("completion", "response", "text") if name in row), None)
+    The answer is in `completion` or `response`, or all is in `text` and there is no prompt, or it
+    is the last turn of a whole chat in `messages` or `conversations`; the label is in `label` or
+    `score`. Raises InputError where a column is missing. unlabelled: rows without a label are
+    demonstrations, with label 1."""
+    answer = next((name for name in ("completion", "response", "text", *CHATS) if name in row), None)
     label = next((name for name in ("label", "score") if name in row), None)
-    if answer is None or (answer != "text" and "prompt" not in row):
+    if answer is None or (answer in ("completion", "response") and "prompt" not in row):
         what = 'no field "prompt"' if answer else 'no field "completion" or "response"'
         raise InputError(
-            f"{where}: {what}; expected prompt and completion (or response), or text alone (found {names_of(row)})."
+            f"{where}: {what}; expected prompt and completion (or response), or text or messages alone "
+            f"(found {names_of(row)})."
         )
     if label is None and not unlabelled:
         raise InputError(
             f'{where}: no field "label" or "score"; expected one of them beside {answer} (found {names_of(row)}).'
         )
-    prompt, text = "" if answer == "text" else row["prompt"], row[answer]
-    if is_messages(prompt) and isinstance(text, str):
-        text = [{"role": "assistant", "content": text}]
-    if is_messages(prompt) and is_messages(text):
-        if not all(m["content"].strip() for m in text):
-            return None, "the answer is empty"
-    elif not isinstance(prompt, str) or not isinstance(text, str):
-        return None, "a field is neither text nor chat messages"
-    elif not text.strip():
-        return None, "the answer is empty"
-    elif answer != "text" and not prompt.strip():
-        return None, "the prompt is empty"
+    texts, reason = answer_of_row(row, answer)
+    if reason:
+        return None, reason
+    prompt, text = texts
     if label is None or (unlabelled and row[label] is None):
         value = 1.0
     else:
@@ -75,6 +70,33 @@ def labelled_of_row(where: str, row: dict, unlabelled: bool = False) -> tuple[tu
     if not is_unicode([prompt, text]):
         return None, "a field is not valid Unicode text"
     return (prompt, text, value), None
+
+
+def answer_of_row(row: dict, answer: str) -> tuple[tuple | None, str | None]:
+    """((prompt, answer), None) or (None, reason), the answer in the field of that name."""
+    if answer in CHATS:
+        chat, reason = read_chat(row[answer])
+        if reason or not is_messages(chat):
+            return None, reason or f"{answer} holds no chat messages"
+        texts, reason = split_last_turn(chat)
+        if reason:
+            return None, reason
+        prompt, text = texts
+    else:
+        (prompt, text), reason = read_chats("" if answer == "text" else row["prompt"], row[answer])
+        if reason:
+            return None, reason
+        text = as_answer(text) if is_messages(prompt) else text
+    if is_messages(prompt) and is_messages(text):
+        if not all(m["content"].strip() for m in text):
+            return None, "the answer is empty"
+    elif not isinstance(prompt, str) or not isinstance(text, str):
+        return None, "a field is neither text nor chat messages"
+    elif not text.strip():
+        return None, "the answer is empty"
+    elif answer != "text" and not prompt.strip():
+        return None, "the prompt is empty"
+    return (prompt, text), None
 
 
 def demonstration_of_row(where: str, row: dict) -> tuple[tuple | None, str | None]:
@@ -136,12 +158,28 @@ def load_labelled(
     from_pairs: bool = False,
     unlabelled: bool = False,
     say=print0,
+    chat: bool = False,
 ) -> tuple[dict[str, Rows], str, str]:
     """Labelled answers as {"train": Rows, "held_out": Rows, "unseen": Rows (toy only)}, the sha256
     of the rows as read, and the kind of labels, "binary" (all 0 or 1) or "continuous".
 
     Rows have a column "labels". What was read is said. Raises InputError where no row is left."""
-    texts, digest = read_labelled(data, eval_data, holdout, seed, labels, from_pairs, unlabelled)
+    source = (data, eval_data, holdout, seed)
+
+    def read(say) -> tuple[dict, dict]:
+        texts, digest = read_labelled(*source, labels, from_pairs, unlabelled)
+        texts, kind = scale_labels(texts, labels, label_scale, say)
+        return texts, {"data_sha256": digest, "label_kind": kind}
+
+    kind = ["labelled", labels, label_scale, from_pairs, unlabelled]
+    shape = {"chat": chat, "answers": 1, "columns": ("labels",)}
+    splits, facts = load_splits(source, kind, tokenizer, max_length, read, say, **shape)
+    describe_labels([row["labels"] for row in splits["train"]], facts["label_kind"], labels, say)
+    return splits, facts["data_sha256"], facts["label_kind"]
+
+
+def scale_labels(texts: dict, labels: str, label_scale: str, say) -> tuple[dict, str]:
+    """The splits with labels as `--labels` and `--label-scale` want them, and the labels' kind."""
     values = [label for _, _, label in texts["train"][0]]
     kind = labels if labels != "auto" else "binary" if set(values) <= {0.0, 1.0} else "continuous"
     if kind == "binary":
@@ -162,12 +200,7 @@ def load_labelled(
         for name, (rows, dropped) in texts.items():
             texts[name] = ([(prompt, answer, scale(label)) for prompt, answer, label in rows], dropped)
         say(words)
-    splits = {}
-    for name, (rows, dropped) in texts.items():
-        splits[name] = encode_rows(tokenizer, rows, max_length, dropped, answers=1, columns=("labels",))
-    describe_splits(splits, data, eval_data, say)
-    describe_labels([row["labels"] for row in splits["train"]], kind, labels, say)
-    return splits, digest, kind
+    return texts, kind
 
 
 def describe_labels(values: list[float], kind: str, labels: str, say) -> None:
@@ -183,19 +216,20 @@ def describe_labels(values: list[float], kind: str, labels: str, say) -> None:
 
 
 def load_demonstrations(
-    data: str, eval_data: str | None, holdout: float, seed: int, tokenizer, max_length: int, say=print0
+    data: str, eval_data: str | None, holdout: float, seed: int, tokenizer, max_length: int, say=print0, chat=False
 ) -> tuple[dict[str, Rows], str]:
     """Demonstrations as {"train": Rows, "held_out": Rows, "unseen": Rows (toy only)}, and the
     sha256 of the rows as read.
 
     On the toy they are the chosen answers of the pairs. Raises InputError where no row is left."""
+    source = (data, eval_data, holdout, seed)
 
     def chosen_answers(seed: int, flip: float) -> dict:
         return {name: [pair[:2] for pair in pairs] for name, pairs in base.pairs(seed, flip).items()}
 
-    texts, digest = read_splits(data, eval_data, holdout, seed, chosen_answers, demonstration_of_row)
-    splits = {}
-    for name, (rows, dropped) in texts.items():
-        splits[name] = encode_rows(tokenizer, rows, max_length, dropped, answers=1)
-    describe_splits(splits, data, eval_data, say)
-    return splits, digest
+    def read(say) -> tuple[dict, dict]:
+        texts, digest = read_splits(*source, chosen_answers, demonstration_of_row)
+        return texts, {"data_sha256": digest}
+
+    splits, facts = load_splits(source, "demonstrations", tokenizer, max_length, read, say, chat, answers=1)
+    return splits, facts["data_sha256"]

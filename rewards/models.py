@@ -9,11 +9,13 @@ from pathlib import Path
 
 import torch
 
+from chat.messages import chat_of_texts
 from common import InputError, first_line
-from common.data import encode_row
+from common.files import read_json
 from common.generate import is_tiny
 from common.models import choose_pad_id, context_length, load_with, ready, refuse_missing, resolve_model
 from report import progress
+from tokens.encode import encode_row, ids_of_text
 from toy import base, world
 
 
@@ -44,7 +46,7 @@ def load_classifier(folder: str, device, tokenizer):
     return ready(model, folder).to(device)
 
 
-def load_reward(name: str, data: str, device, autocast, flag: str = "--reward"):
+def load_reward(name: str, data: str, device, autocast, chat: bool = False, flag: str = "--reward"):
     """The reward that `--reward` (or another flag) names.
 
     Args:
@@ -54,6 +56,7 @@ def load_reward(name: str, data: str, device, autocast, flag: str = "--reward"):
             its logit is the reward; two labels: the second's logit minus the first's.
         data: what `--data` names; only the toy's questions have a true reward.
         device, autocast: where and in which context a model runs.
+        chat: whether the policy's prompts of plain text go through its chat template.
 
     Returns:
         reward(prompts, answers) -> [n], float32, on the CPU. Raises InputError where the name leads
@@ -72,23 +75,31 @@ def load_reward(name: str, data: str, device, autocast, flag: str = "--reward"):
             )
 
         return toy_reward
-    return model_reward(name, device, autocast, flag)
+    return model_reward(name, device, autocast, chat, flag)
 
 
-def model_reward(name: str, device, autocast, flag: str):
-    """The reward of a sequence-classification model, read at the end of prompt + answer."""
+def model_reward(name: str, device, autocast, chat: bool, flag: str):
+    """The reward of a sequence-classification model, read at the end of prompt + answer.
+
+    Strings go through the model's own template where it was trained so: a run of a script here
+    knows (`chat` in its args.json); another model is taken to, where it has a template, if the
+    policy's strings go through one."""
     if name.startswith("toy:"):
         raise InputError(f"{flag} {name}: expected toy, toy:flawed, a folder, or a hub id.")
     folder = resolve_model(name, flag=flag)
     model, tokenizer = load_judge(name, folder, flag)
     model.to(device).eval().requires_grad_(False)
     # A run of a script here was trained with an EOS behind each answer, and is read there.
-    has_eos = (Path(folder) / "args.json").is_file() and tokenizer.eos_token_id is not None
+    is_run = (Path(folder) / "args.json").is_file()
+    has_eos = is_run and tokenizer.eos_token_id is not None
+    if is_run:
+        chat = read_json(Path(folder) / "args.json", f"{flag} {name}: ").get("chat") is True
+    chat = chat and tokenizer.chat_template is not None
     limit = min(context_length(model), tokenizer.model_max_length)
 
     @torch.no_grad()
     def reward(prompts: list, answers: list[str]) -> torch.Tensor:
-        lines = [judged_ids(tokenizer, prompt, answer, has_eos) for prompt, answer in zip(prompts, answers)]
+        lines = [judged_ids(tokenizer, prompt, answer, has_eos, chat) for prompt, answer in zip(prompts, answers)]
         if None in lines:
             raise InputError(f"{flag} {name}: its tokenizer has no chat template for these messages.")
         lines = [ids[-limit:] for ids in lines]  # a text that is too long loses its beginning
@@ -133,13 +144,15 @@ def load_judge(name: str, folder: str, flag: str):
     return model, tokenizer
 
 
-def judged_ids(tokenizer, prompt, answer: str, has_eos: bool) -> list[int] | None:
+def judged_ids(tokenizer, prompt, answer: str, has_eos: bool, chat: bool = False) -> list[int] | None:
     """Token ids of prompt + answer, as in training where that ended in EOS; None without a chat
-    template.
+    template. chat: strings go through it too.
 
     An answer comes without the white space that it began with: where it would run into the prompt,
     a space goes between.
     """
+    if chat and isinstance(prompt, str):
+        prompt, _ = chat_of_texts(prompt, [])
     is_text = isinstance(prompt, str)
     apart = not answer or answer[0].isspace() or (is_text and prompt[-1:].isspace())
     answer = ("" if apart else " ") + answer if is_text else [{"role": "assistant", "content": answer.strip()}]
@@ -147,7 +160,7 @@ def judged_ids(tokenizer, prompt, answer: str, has_eos: bool) -> list[int] | Non
         row, _, _ = encode_row(tokenizer, prompt, [answer], 1 << 30)
         return row and row["prompt"] + row["completions"][0]
     if is_text:
-        return tokenizer(prompt + answer).input_ids
+        return ids_of_text(tokenizer, prompt + answer)
     if tokenizer.chat_template is None:
         return None
     text = tokenizer.apply_chat_template([*prompt, *answer], tokenize=False)

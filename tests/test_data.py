@@ -16,6 +16,7 @@ from tests import models
 from tests.runs import CHAT, lines_file
 
 BOS, EOS = 1, 2
+SEVERAL = "several answers on a side, which only common.evaluate reads"
 # Thoughts of earlier turns vanish, and every turn is earlier once another follows: what reasoning
 # models' templates do.
 FORGETFUL = (
@@ -158,7 +159,8 @@ def test_chat_messages():
         ({"prompt": "p", "chosen": None, "rejected": "b"}, "a field is neither text nor chat messages"),
         ({"prompt": "p", "chosen": True, "rejected": "b"}, "a field is neither text nor chat messages"),
         ({"prompt": "p", "chosen": [], "rejected": []}, "a field is neither text nor chat messages"),
-        ({"prompt": "p", "chosen": ["a"], "rejected": ["b"]}, "a field is neither text nor chat messages"),
+        ({"prompt": "p", "chosen": [7], "rejected": ["b", "c"]}, SEVERAL),
+        ({"prompt": "p", "chosen": ["a"], "rejected": ["b"]}, SEVERAL),
         (
             {"prompt": "p", "chosen": [{"role": "user"}], "rejected": [{"role": "user"}]},
             "a field is neither text nor chat messages",
@@ -501,7 +503,8 @@ def test_drops_are_counted_by_reason_and_said(tmp_path, plain):
     ]  # texts and examples stay side by side
     assert printed[0] == (
         "Training rows: 12 rows read, 6 used; dropped 3 (both answers are identical), 2 (an answer is empty), "
-        "1 (the prompt alone fills max_length); in 1 the boundary moved left because a token spans prompt and answer; "
+        "1 (the prompt alone fills max_length); in 1 the boundary moved left (a token spans prompt and answer, or the "
+        "template's generation prompt is not kept); "
         f"{sum(2 * len(row['prompt']) + sum(map(len, row['completions'])) for row in train)} tokens."
     )
 

@@ -100,7 +100,7 @@ def test_padding_and_company_never_change_a_score(tmp_path, file13, folder):
 
 def reward_of(name: str, flag: str = "--reward", data: str = "toy"):
     """The reward of that name, on the CPU and in float32."""
-    return reward_models.load_reward(name, data, torch.device("cpu"), torch.no_grad, flag)
+    return reward_models.load_reward(name, data, torch.device("cpu"), torch.no_grad, False, flag)
 
 
 def test_pad_is_apart_from_eos_in_what_is_saved(tmp_path, file13):

@@ -4,7 +4,7 @@ from tests.faults import Mutant
 
 BATCHES = "common/batches.py"
 CHECKPOINTS = "common/checkpoints.py"
-DATA = "common/data.py"
+ENCODE = "tokens/encode.py"
 EVALUATE = "common/evaluate.py"
 GENERATE = "common/generate.py"
 METRICS = "common/metrics.py"
@@ -76,7 +76,7 @@ TABLE = [
     ),
     Mutant(
         "prompt counted in the completion",
-        (DATA,),
+        (ENCODE,),
         '"completions": completions}, None',
         '"completions": [[whole[0][boundary - 1], *c] for c in completions]}, None',
         LOGPS_TEST + "test_one_eos_ends_an_answer_and_none_a_cut_one",
@@ -191,21 +191,21 @@ TABLE = [
     ),
     Mutant(
         "EOS dropped",
-        (DATA,),
+        (ENCODE,),
         "whole = [ids if done else [*ids, eos] for",
         "whole = [ids if done else [*ids] for",
         LOGPS_TEST + "test_one_eos_ends_an_answer_and_none_a_cut_one",
     ),
     Mutant(
         "EOS twice",
-        (DATA,),
+        (ENCODE,),
         "whole = [ids if done else [*ids, eos] for",
         "whole = [[*ids, eos] for",
         LOGPS_TEST + "test_one_eos_ends_an_answer_and_none_a_cut_one",
     ),
     Mutant(
         "EOS on a cut answer",
-        (DATA,),
+        (ENCODE,),
         "completions = [ids[boundary:max_length] for ids in whole]",
         "completions = [ids[boundary : max_length - 1] + [eos] if len(ids) > max_length else ids[boundary:]"
         " for ids in whole]",
