@@ -39,6 +39,7 @@ PACKAGES = (
     "report",
     "pretraining",
     "judging",
+    "adapters",
 )  # imported by scripts inside main only
 FOLDERS = (
     *PACKAGES,
@@ -55,7 +56,7 @@ LAYERS = [
     ["common", "common.batches", "common.processes", "common.metrics"],
     ["common.generate", "common.fields", "common.oracle"],
     ["common.files", "toy", "toy.world", "report", "report.table", "report.curves", "report.trackers"],
-    ["toy.base", "toy.documents"],
+    ["toy.base", "toy.documents", "adapters", "adapters.lora"],
     ["common.models", "common.data"],
     ["common.checkpoints", "report.facts", "judging", "judging.scores"],
     ["common.run", "common.evaluate", "labelled", "labelled.rows", "rewards", "rewards.metrics", "rewards.models"],
@@ -66,17 +67,17 @@ LAYERS = [
     ["pretraining.evaluate", "pretraining.baseline"],
 ]
 COMMON_LINES, FILE_LINES = 2200, 500  # common/ in all, and any file of a package
-FUNCTION_LINES, MAIN_LINES = 45, 75  # of code: without docstring, comments and blank lines
-SCRIPT_LINES = 345  # scripts that hold more than one loss, a head or a second model have a limit of their own
+FUNCTION_LINES, MAIN_LINES = 45, 77  # of code: without docstring, comments and blank lines
+SCRIPT_LINES = 350  # scripts that hold more than one loss, a head or a second model have a limit of their own
 LONGER = {
     "awr_pretrain": 375,
     "conditional_pretrain": 375,
-    "dph": 465,
-    "pointwise_dpo": 445,
-    "ulma": 445,
-    "typo": 375,
-    "ppo": 630,
-    "superhf": 525,
+    "dph": 475,
+    "pointwise_dpo": 450,
+    "ulma": 450,
+    "typo": 380,
+    "ppo": 640,
+    "superhf": 530,
 }
 LONGER_MAIN = {"ppo": 90, "dph": 95, "pointwise_dpo": 95, "ulma": 95}
 PROGRAMS = set(
