@@ -49,7 +49,7 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def save_model(model, tokenizer, folder: Path, merge: bool = False) -> None:
-    """The model as a transformers folder, gathered on the first process; its adapter alone, or merged."""
+    """The model as a transformers folder, or its adapter, gathered on the first process."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     state = None
