@@ -284,6 +284,8 @@ class Args:
             raise SystemExit(f"--head-lr {self.head_lr}: expected a positive number.")
         if self.n < 1:
             raise SystemExit(f"--n {self.n}: expected at least 1.")
+        if self.lora_rank and (self.freeze_backbone or self.prior_decay):
+            raise SystemExit("--lora-rank keeps the LM's own weights: not with --freeze-backbone or --prior-decay.")
 
     # [/method]
     model: str = "toy"
@@ -326,6 +328,10 @@ class Args:
     """A Jinja file with a chat template in place of the model's own."""
     share_prompt: bool = True
     """Compute a prompt once for both answers; otherwise twice."""
+    lora_rank: int = 0
+    """Train a LoRA adapter of this rank, not all weights; 0: none. Needs peft; see docs/lora.md."""
+    merge: bool = False
+    """With --lora-rank: save adapter and model as one, a folder that loads without peft."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -348,22 +354,24 @@ class Args:
 
 def main(args: Args) -> None:
     try:
+        from adapters import lora
         from common import batches, data, evaluate, metrics, models, oracle
         from common.run import start_run
         from toy.base import judge_of
     except ImportError as error:
-        raise SystemExit(f"Training needs the folders common/ and toy/ beside this file. ({error})") from None
+        raise SystemExit(f"Training needs adapters/, common/ and toy/ beside this file. ({error})") from None
     run, args = start_run(args, __file__)
 
     # The policy, which before its first step is also the reference.
     ref_folder = models.resolve_model(args.model, args.seed)
     tokenizer = models.load_tokenizer(ref_folder, args.chat_template)
-    model = models.load_model(run.checkpoint or ref_folder, run.device, tokenizer)
+    model = models.load_model(lora.start_of(run.checkpoint, ref_folder), run.device, tokenizer)
     # [method]
     model = add_head(model, models.load_weights(run.checkpoint or ref_folder, "score.weight"))
     if args.freeze_backbone:
         model.requires_grad_(False).score.requires_grad_(True)
     # [/method]
+    model = lora.add_adapter(model, args.lora_rank, args.model, ref_folder, run.checkpoint)
 
     # The rows, and the order in which training sees them.
     max_length = models.length_limit(args.max_length, model)
@@ -442,9 +450,9 @@ def main(args: Args) -> None:
         if run.is_time_to_save():
             run.save(model, optimizer, tokenizer)
 
-    run.save_model(model, tokenizer)
+    run.save_model(model, tokenizer, args.merge)
     del optimizer
-    ref_model = run.prepare(models.load_model(ref_folder, run.device, tokenizer))
+    ref_model = run.prepare(lora.without_adapter(model) or models.load_model(ref_folder, run.device, tokenizer))
     columns = {"before": before, "after": report(ref_model)}
     # [method]
     # Best of n: the head picks among answers of the trained and of the untouched LM.

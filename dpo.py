@@ -212,6 +212,10 @@ class Args:
     """A Jinja file with a chat template in place of the model's own."""
     share_prompt: bool = True
     """Compute a prompt once for both answers; otherwise twice."""
+    lora_rank: int = 0
+    """Train a LoRA adapter of this rank, not all weights; 0: none. Needs peft; see docs/lora.md."""
+    merge: bool = False
+    """With --lora-rank: save adapter and model as one, a folder that loads without peft."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -234,19 +238,21 @@ class Args:
 
 def main(args: Args) -> None:
     try:
+        from adapters import lora
         from common import batches, data, evaluate, metrics, models, oracle
         from common.run import start_run
         from toy.base import judge_of
     except ImportError as error:
-        raise SystemExit(f"Training needs the folders common/ and toy/ beside this file. ({error})") from None
+        raise SystemExit(f"Training needs adapters/, common/ and toy/ beside this file. ({error})") from None
     run, args = start_run(args, __file__)
 
     # The policy, which before its first step is also the reference.
     ref_folder = models.resolve_model(args.model, args.seed)
     tokenizer = models.load_tokenizer(ref_folder, args.chat_template)
-    model = models.load_model(run.checkpoint or ref_folder, run.device, tokenizer)
+    model = models.load_model(lora.start_of(run.checkpoint, ref_folder), run.device, tokenizer)
     # [method]
     # [/method]
+    model = lora.add_adapter(model, args.lora_rank, args.model, ref_folder, run.checkpoint)
 
     # The rows, and the order in which training sees them.
     max_length = models.length_limit(args.max_length, model)
@@ -289,7 +295,8 @@ def main(args: Args) -> None:
 
     before = run.cached_json("before", lambda: report(None))
     # [method]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     # [/method]
     run.restore(model, optimizer)
 
@@ -311,9 +318,9 @@ def main(args: Args) -> None:
         if run.is_time_to_save():
             run.save(model, optimizer, tokenizer)
 
-    run.save_model(model, tokenizer)
+    run.save_model(model, tokenizer, args.merge)
     del optimizer
-    ref_model = run.prepare(models.load_model(ref_folder, run.device, tokenizer))
+    ref_model = run.prepare(lora.without_adapter(model) or models.load_model(ref_folder, run.device, tokenizer))
     columns = {"before": before, "after": report(ref_model)}
     # [method]
     # [/method]

@@ -519,6 +519,10 @@ class Args:
     """Put rows of plain text through the model's chat template."""
     chat_template: str | None = None
     """A Jinja file with a chat template in place of the model's own."""
+    lora_rank: int = 0
+    """Train a LoRA adapter of this rank, not all weights; 0: none. Needs peft; see docs/lora.md."""
+    merge: bool = False
+    """With --lora-rank: save adapter and model as one, a folder that loads without peft."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -541,6 +545,7 @@ class Args:
 
 def main(args: Args) -> None:
     try:
+        from adapters import lora
         from common import batches, evaluate, generate, models, oracle
         from common.processes import gather, print0, rank, shard_items
         from common.run import start_run
@@ -549,7 +554,7 @@ def main(args: Args) -> None:
         from rewards.prompts import load_prompts
         from toy.base import judge_of
     except ImportError as error:
-        raise SystemExit(f"Training needs the folders common/, rewards/ and toy/ beside this file. ({error})") from None
+        raise SystemExit(f"Training needs adapters/, common/, rewards/ and toy/ beside this file. ({error})") from None
     run, args = start_run(args, __file__)
 
     # The policy, the reference that it began as, and what rewards them.
@@ -557,9 +562,9 @@ def main(args: Args) -> None:
     tokenizer = models.load_tokenizer(ref_folder, args.chat_template)
     shared = (args.data, run.device, run.autocast, args.chat)
     rewards = load_rewards(args.reward, args.test_reward, load_reward, shared)
-    weights_folder = run.checkpoint or ref_folder
-    value_head = models.load_weights(weights_folder, "value.weight", "value.bias")
-    model = add_critic(models.load_model(weights_folder, run.device, tokenizer), value_head)
+    value_head = models.load_weights(run.checkpoint or ref_folder, "value.weight", "value.bias")
+    model = models.load_model(lora.start_of(run.checkpoint, ref_folder), run.device, tokenizer)
+    model = lora.add_adapter(add_critic(model, value_head), args.lora_rank, args.model, ref_folder, run.checkpoint)
 
     # The prompts, and the order in which training sees them.
     max_length = models.length_limit(args.max_length, model)
@@ -574,7 +579,8 @@ def main(args: Args) -> None:
     if layout == "model_head":
         raise SystemExit(f"--model {args.model}: its output layer scales or caps logits, which ppo.py does not do.")
     run.prepare(model.train())
-    ref_model = run.prepare(models.load_model(ref_folder, run.device, tokenizer).eval().requires_grad_(False))
+    ref_model = lora.without_adapter(model) or models.load_model(ref_folder, run.device, tokenizer)
+    ref_model = run.prepare(ref_model.eval().requires_grad_(False))
     numbers = {"clip": args.clip, "value_clip": args.value_clip, "vf_coef": args.vf_coef}
     compute = partial(models.bind_forward(model, compute_loss), **numbers)
     policy_of = models.bind_forward(model, logps_and_values)
@@ -592,7 +598,8 @@ def main(args: Args) -> None:
     judges["extra_metrics"] = partial(text_metrics, rewards=rewards, similarity=similarity, seed=args.seed)
     samples_of = partial(evaluate.evaluate_samples, model, count=args.kl_samples, seed=args.seed, **lengths, **judges)
     before = run.cached_json("before", lambda: report(splits, samples_of, None))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     run.restore(model, optimizer)
     first_seed = 1_000_003 * args.seed + rank()  # of sampling, on this process
 
@@ -620,7 +627,7 @@ def main(args: Args) -> None:
         if run.is_time_to_save():
             run.save(model, optimizer, tokenizer)
 
-    run.save_model(model, tokenizer)
+    run.save_model(model, tokenizer, args.merge)
     del optimizer
     columns = {"before": before, "after": report(splits, samples_of, ref_model)}
     shares = {name: spent / max(1e-9, sum(seconds.values())) for name, spent in seconds.items()}

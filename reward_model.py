@@ -134,6 +134,10 @@ class Args:
     """Put rows of plain text through the model's chat template."""
     chat_template: str | None = None
     """A Jinja file with a chat template in place of the model's own."""
+    lora_rank: int = 0
+    """Train a LoRA adapter of this rank, not all weights; 0: none. Needs peft; see docs/lora.md."""
+    merge: bool = False
+    """With --lora-rank: save adapter and model as one, a folder that loads without peft."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -152,6 +156,7 @@ class Args:
 
 def main(args: Args) -> None:
     try:
+        from adapters import lora
         from common import batches, data, metrics, models
         from common.processes import print0
         from common.run import start_run
@@ -159,13 +164,14 @@ def main(args: Args) -> None:
         from rewards.models import load_classifier
         from toy.base import flip_share, rank_correlation
     except ImportError as error:
-        raise SystemExit(f"Training needs the folders common/, rewards/ and toy/ beside this file. ({error})") from None
+        raise SystemExit(f"Training needs adapters/, common/, rewards/ and toy/ beside this file. ({error})") from None
     run, args = start_run(args, __file__)
 
     # The model: one with a head already goes on, any other gets a new one that is zero.
     model_folder = models.resolve_model(args.model, args.seed)
     tokenizer = models.load_tokenizer(model_folder, args.chat_template)
-    model = load_classifier(run.checkpoint or model_folder, run.device, tokenizer)
+    model = load_classifier(lora.start_of(run.checkpoint, model_folder), run.device, tokenizer)
+    model = lora.add_adapter(model, args.lora_rank, args.model, model_folder, run.checkpoint)
     run.prepare(model.train())
     compute = models.bind_forward(model, compute_loss)
 
@@ -197,7 +203,8 @@ def main(args: Args) -> None:
         return table
 
     before = run.cached_json("before", report)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     run.restore(model, optimizer)
 
     for step, rows_of_step in run.steps(plan):
@@ -218,7 +225,7 @@ def main(args: Args) -> None:
         if run.is_time_to_save():
             run.save(model, optimizer, tokenizer)
 
-    run.save_model(model, tokenizer)
+    run.save_model(model, tokenizer, args.merge)
     del optimizer
     run.finish({"before": before, "after": report()})
 

@@ -181,6 +181,10 @@ class Args:
     """Put rows of plain text through the model's chat template."""
     chat_template: str | None = None
     """A Jinja file with a chat template in place of the model's own."""
+    lora_rank: int = 0
+    """Train a LoRA adapter of this rank, not all weights; 0: none. Needs peft; see docs/lora.md."""
+    merge: bool = False
+    """With --lora-rank: save adapter and model as one, a folder that loads without peft."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -203,18 +207,20 @@ class Args:
 
 def main(args: Args) -> None:
     try:
+        from adapters import lora
         from common import batches, evaluate, models, oracle
         from common.run import start_run
         from labelled.rows import load_demonstrations
         from toy.base import judge_of
     except ImportError as error:
-        raise SystemExit(f"Training needs common/, labelled/ and toy/ beside this file. ({error})") from None
+        raise SystemExit(f"Training needs adapters/, common/, labelled/ and toy/ beside this file. ({error})") from None
     run, args = start_run(args, __file__)
 
     # The policy.
     ref_folder = models.resolve_model(args.model, args.seed)
     tokenizer = models.load_tokenizer(ref_folder, args.chat_template)
-    model = models.load_model(run.checkpoint or ref_folder, run.device, tokenizer)
+    model = models.load_model(lora.start_of(run.checkpoint, ref_folder), run.device, tokenizer)
+    model = lora.add_adapter(model, args.lora_rank, args.model, ref_folder, run.checkpoint)
 
     # The rows, and the order in which training sees them.
     max_length = models.length_limit(args.max_length, model)
@@ -246,7 +252,8 @@ def main(args: Args) -> None:
         return table
 
     before = run.cached_json("before", lambda: report(None))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     run.restore(model, optimizer)
 
     for step, rows_of_step in run.steps(plan):
@@ -268,9 +275,9 @@ def main(args: Args) -> None:
         if run.is_time_to_save():
             run.save(model, optimizer, tokenizer)
 
-    run.save_model(model, tokenizer)
+    run.save_model(model, tokenizer, args.merge)
     del optimizer
-    ref_model = run.prepare(models.load_model(ref_folder, run.device, tokenizer))
+    ref_model = run.prepare(lora.without_adapter(model) or models.load_model(ref_folder, run.device, tokenizer))
     columns = {"before": before, "after": report(ref_model)}
     run.finish(columns)
 

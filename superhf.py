@@ -420,6 +420,10 @@ class Args:
     """Put rows of plain text through the model's chat template."""
     chat_template: str | None = None
     """A Jinja file with a chat template in place of the model's own."""
+    lora_rank: int = 0
+    """Train a LoRA adapter of this rank, not all weights; 0: none. Needs peft; see docs/lora.md."""
+    merge: bool = False
+    """With --lora-rank: save adapter and model as one, a folder that loads without peft."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -442,6 +446,7 @@ class Args:
 
 def main(args: Args) -> None:
     try:
+        from adapters import lora
         from common import batches, evaluate, generate, models, oracle
         from common.processes import gather, print0, rank, shard_items
         from common.run import start_run
@@ -450,7 +455,7 @@ def main(args: Args) -> None:
         from rewards.prompts import load_prompts
         from toy.base import judge_of
     except ImportError as error:
-        raise SystemExit(f"Training needs the folders common/, rewards/ and toy/ beside this file. ({error})") from None
+        raise SystemExit(f"Training needs adapters/, common/, rewards/ and toy/ beside this file. ({error})") from None
     run, args = start_run(args, __file__)
 
     # The policy, the reference that it began as, and what rewards them.
@@ -458,7 +463,8 @@ def main(args: Args) -> None:
     tokenizer = models.load_tokenizer(ref_folder, args.chat_template)
     shared = (args.data, run.device, run.autocast, args.chat)
     rewards = load_rewards(args.reward, args.test_reward, load_reward, shared)
-    model = models.load_model(run.checkpoint or ref_folder, run.device, tokenizer)
+    model = models.load_model(lora.start_of(run.checkpoint, ref_folder), run.device, tokenizer)
+    model = lora.add_adapter(model, args.lora_rank, args.model, ref_folder, run.checkpoint)
 
     # The prompts, and the order in which training sees them.
     max_length = models.length_limit(args.max_length, model)
@@ -471,7 +477,8 @@ def main(args: Args) -> None:
     plain = partial(completion_logps, model)
     layout = oracle.choose_layout(plain, model, longest, pad_id, run.device, share_prompt=False)
     run.prepare(model.train())
-    ref_model = run.prepare(models.load_model(ref_folder, run.device, tokenizer).eval().requires_grad_(False))
+    ref_model = lora.without_adapter(model) or models.load_model(ref_folder, run.device, tokenizer)
+    ref_model = run.prepare(ref_model.eval().requires_grad_(False))
     compute = partial(models.bind_forward(model, compute_loss), kl=args.kl)
     ref_logits_of = models.bind_forward(ref_model, completion_logits)
     run.pin_sources(ref_folder, data_sha256)
@@ -487,7 +494,8 @@ def main(args: Args) -> None:
     judges["extra_metrics"] = partial(text_metrics, rewards=rewards, similarity=similarity, seed=args.seed)
     samples_of = partial(evaluate.evaluate_samples, model, count=args.kl_samples, seed=args.seed, **lengths, **judges)
     before = run.cached_json("before", lambda: report(splits, samples_of, None))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     run.restore(model, optimizer)
     first_seed = 1_000_003 * args.seed + rank()  # of sampling, on this process
 
@@ -511,7 +519,7 @@ def main(args: Args) -> None:
         if run.is_time_to_save():
             run.save(model, optimizer, tokenizer)
 
-    run.save_model(model, tokenizer)
+    run.save_model(model, tokenizer, args.merge)
     del optimizer
     columns = {"before": before, "after": report(splits, samples_of, ref_model)}
     shares = {name: spent / max(1e-9, sum(seconds.values())) for name, spent in seconds.items()}

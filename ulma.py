@@ -298,6 +298,10 @@ class Args:
     """Put rows of plain text through the model's chat template."""
     chat_template: str | None = None
     """A Jinja file with a chat template in place of the model's own."""
+    lora_rank: int = 0
+    """Train a LoRA adapter of this rank, not all weights; 0: none. Needs peft; see docs/lora.md."""
+    merge: bool = False
+    """With --lora-rank: save adapter and model as one, a folder that loads without peft."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -333,22 +337,24 @@ class Args:
 
 def main(args: Args) -> None:
     try:
+        from adapters import lora
         from common import batches, evaluate, metrics, models, oracle
         from common.run import start_run
         from labelled.rows import load_labelled
         from toy.base import judge_of
     except ImportError as error:
-        raise SystemExit(f"Training needs common/, labelled/ and toy/ beside this file. ({error})") from None
+        raise SystemExit(f"Training needs adapters/, common/, labelled/ and toy/ beside this file. ({error})") from None
     run, args = start_run(args, __file__)
 
     # The policy, which before its first step is also the reference.
     ref_folder = models.resolve_model(args.model, args.seed)
     tokenizer = models.load_tokenizer(ref_folder, args.chat_template)
-    model = models.load_model(run.checkpoint or ref_folder, run.device, tokenizer)
+    model = models.load_model(lora.start_of(run.checkpoint, ref_folder), run.device, tokenizer)
     if args.learn_partition:
         names = [f"partition.{name}" for name in ("weight", "bias", "centre", "spread")]
         # A run as --model is a new reference, whose beta log Z is learned anew.
         add_partition(model, models.load_weights(run.checkpoint, *names) if run.checkpoint else {})
+    model = lora.add_adapter(model, args.lora_rank, args.model, ref_folder, run.checkpoint)
 
     # The rows, and the order in which training sees them.
     max_length = models.length_limit(args.max_length, model)
@@ -405,7 +411,8 @@ def main(args: Args) -> None:
 
     before = run.cached_json("before", lambda: report(None))
     heads = [*model.partition.parameters()] if args.learn_partition else []
-    policy = [p for p in model.parameters() if not any(p is head for head in heads)]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    policy = [p for p in trained if not any(p is head for head in heads)]
     groups = [{"params": policy, "lr_scale": 1.0}]
     if heads:
         groups.append({"params": heads, "lr_scale": args.partition_lr / args.lr, "weight_decay": 0.0})
@@ -430,9 +437,9 @@ def main(args: Args) -> None:
         if run.is_time_to_save():
             run.save(model, optimizer, tokenizer)
 
-    run.save_model(model, tokenizer)
+    run.save_model(model, tokenizer, args.merge)
     del optimizer
-    ref_model = run.prepare(models.load_model(ref_folder, run.device, tokenizer))
+    ref_model = run.prepare(lora.without_adapter(model) or models.load_model(ref_folder, run.device, tokenizer))
     columns = {"before": before, "after": report(ref_model)}
     run.finish(columns)
 

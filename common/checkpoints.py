@@ -12,6 +12,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
+from adapters import lora
 from common import InputError, first_line
 from common.files import read_json, write_json
 from common.processes import is_main_process, wait_for_all, world_size
@@ -47,8 +48,8 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise InputError(f"{path}: cannot be read ({first_line(error)}); {AGAIN}.") from None
 
 
-def save_model(model, tokenizer, folder: Path) -> None:
-    """The model as a transformers folder, gathered on the first process."""
+def save_model(model, tokenizer, folder: Path, merge: bool = False) -> None:
+    """The model as a transformers folder, or its adapter, gathered on the first process."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     state = None
@@ -56,7 +57,12 @@ def save_model(model, tokenizer, folder: Path) -> None:
         state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         kept = {name for pairs in (model.named_parameters(), model.named_buffers()) for name, _ in pairs}
         state = {name: value for name, value in state.items() if name in kept}  # tied weights are written once
-    if is_main_process():
+    is_adapter = hasattr(model, "adapter")
+    if is_main_process() and is_adapter and not merge:
+        lora.save_adapter(model, state or model.state_dict(), folder)
+        tokenizer.save_pretrained(folder)
+    elif is_main_process():
+        state = lora.merged_state(model, state or model.state_dict()) if is_adapter else state
         model.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)
         for name, content in folders.for_other_loaders(folder).items():

@@ -7,6 +7,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
+from adapters import lora
 from chat.templates import use_template
 from common import InputError, first_line
 from common.files import check_hub_id
@@ -23,7 +24,7 @@ def resolve_model(name: str, seed: int = 0, flag: str = "--model") -> str:
 
         return str(base.base_model(seed))
     if Path(name).is_dir():
-        if not (Path(name) / "config.json").is_file():
+        if not ((Path(name) / "config.json").is_file() or lora.has_adapter(name)):
             raise InputError(f"{flag} {name}: the folder has no config.json, so it is not a transformers model.")
         return name
     import huggingface_hub
@@ -101,7 +102,7 @@ def load_with(auto_class, folder: str, what: str, flag: str = "--model", **optio
     Code that comes with a model is not run."""
     options = {"dtype": torch.float32, "trust_remote_code": False, "output_loading_info": True} | options
     try:
-        return auto_class.from_pretrained(folder, **options)
+        return lora.from_pretrained(auto_class, folder, resolve_model, **options)
     except Exception as error:
         needs_code = "trust_remote_code" in str(error)
         reason = "it needs code of its own to run, which is refused" if needs_code else first_line(error)
@@ -136,9 +137,10 @@ def fuse_gelu(model: torch.nn.Module) -> None:
 def load_weights(folder: str | Path, *names: str) -> dict[str, torch.Tensor]:
     """Those of the named weights that the safetensors of a model folder have, by name."""
     weights = {}
-    for path in sorted(Path(folder).glob("model*.safetensors")):
+    for path in sorted(Path(folder).glob("*model*.safetensors")):
         with safetensors.safe_open(path, "pt") as file:
-            weights |= {name: file.get_tensor(name) for name in names if name in set(file.keys())}
+            keys = {key.removeprefix(lora.PREFIX): key for key in sorted(file.keys())}
+            weights |= {name: file.get_tensor(keys[name]) for name in names if name in keys}
     return weights
 
 
@@ -215,9 +217,9 @@ def full_tensor(value: torch.Tensor) -> torch.Tensor:
 
 
 def sha256_of_model(folder: str) -> str:
-    """Hash of the weights files of a model folder, in order of name."""
+    """Hash of the weights files of a model folder, in order of name, and of its adapter's base."""
     digest = hashlib.sha256()
-    for path in sorted(p for p in Path(folder).iterdir() if p.suffix in {".safetensors", ".bin"} and "model" in p.name):
+    for path in lora.weights_files(folder, resolve_model):
         with path.open("rb") as file:
             while block := file.read(1 << 24):
                 digest.update(block)

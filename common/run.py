@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
+from adapters import lora
 from common import InputError, checkpoints, files, first_line
 from common.batches import micro_batches, row_length
 from common.files import append_json_line, plain, read_json, refuse_read_only, write_json, write_text
@@ -42,7 +43,7 @@ RANGES = {  # of the arguments that most scripts have; a script checks its own
     **dict.fromkeys(("eval_every", "save_every", "log_every"), COUNT),
     **dict.fromkeys(("beta", "epochs"), POSITIVE),
     "lr": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
-    **dict.fromkeys(("warmup", "weight_decay"), NOT_NEGATIVE),
+    **dict.fromkeys(("warmup", "weight_decay", "lora_rank"), NOT_NEGATIVE),
     "kl_samples": (lambda v: v is None or v >= 0, "at least 0"),
     "max_steps": (lambda v: v >= -1 and v != 0, "at least 1, or -1 for no limit"),
     "max_length": (lambda v: v is None or v >= 2, "at least 2"),
@@ -70,6 +71,7 @@ def start_run(args, script: str):
     for name, (holds, expected) in RANGES.items():
         if hasattr(args, name) and not holds(getattr(args, name)):
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {expected}.")
+    lora.check_arguments(args)
     refuse_read_only(Path(args.output_dir))
     check_tracker(args.track)
     run = Run(args, script)
@@ -450,11 +452,11 @@ class Run:
         state = {"step": self.step, "seconds": self.seconds, "tokens": self.tokens, "window": self._window}
         self.checkpoint = checkpoints.save(self.folder, model, optimizer, tokenizer, state, self.device)
 
-    def save_model(self, model, tokenizer) -> None:
-        """The trained model in the run's folder."""
+    def save_model(self, model, tokenizer, merge: bool = False) -> None:
+        """The trained model in the run's folder: where it has an adapter that, or both as one."""
         if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
             self.refuse("model after the end", self.step)
-        checkpoints.save_model(model, tokenizer, self.folder)
+        checkpoints.save_model(model, tokenizer, self.folder, merge=merge)
 
     def restore(self, model, optimizer) -> None:
         """Optimiser state and random numbers of the checkpoint; its weights were loaded before."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from adapters import lora
 from chat.messages import chat_of_texts
 from common import InputError, first_line
 from common.files import read_json
@@ -26,7 +27,7 @@ def load_classifier(folder: str, device, tokenizer):
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(lora.base_folder(folder, resolve_model), trust_remote_code=False)
     except Exception as error:
         raise InputError(f"--model {folder}: its config.json cannot be used ({first_line(error)}).") from None
     trained = any("ForSequenceClassification" in name for name in config.architectures or [])

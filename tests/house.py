@@ -41,6 +41,7 @@ PACKAGES = (
     "report",
     "pretraining",
     "judging",
+    "adapters",
 )  # imported by scripts inside main only
 FOLDERS = (
     *PACKAGES,
@@ -59,7 +60,7 @@ LAYERS = [
     ["common.generate", "common.fields", "common.oracle", "chat.templates"],
     ["tokens", "tokens.encode", "toy", "toy.world"],
     ["common.files", "report.table", "report.curves", "report.folders"],
-    ["toy.base", "toy.documents", "tokens.store", "report.card"],
+    ["toy.base", "toy.documents", "tokens.store", "report.card", "adapters", "adapters.lora"],
     ["common.models", "common.data", "report.trackers"],
     ["common.checkpoints", "report.facts", "rewards", "rewards.prompts"],
     ["judging", "judging.scores", "judging.answers", "judging.win_rate"],
@@ -73,17 +74,17 @@ LAYERS = [
     ["pretraining.evaluate", "pretraining.baseline"],
 ]
 COMMON_LINES, FILE_LINES = 2200, 500  # common/ in all, and any file of a package
-FUNCTION_LINES, MAIN_LINES = 45, 75  # of code: without docstring, comments and blank lines
-SCRIPT_LINES = 345  # scripts that hold more than one loss, a head or a second model have a limit of their own
+FUNCTION_LINES, MAIN_LINES = 45, 77  # of code: without docstring, comments and blank lines
+SCRIPT_LINES = 350  # scripts that hold more than one loss, a head or a second model have a limit of their own
 LONGER = {
     "awr_pretrain": 375,
     "conditional_pretrain": 375,
-    "dph": 470,
-    "pointwise_dpo": 445,
-    "ulma": 445,
-    "typo": 375,
-    "ppo": 634,
-    "superhf": 525,
+    "dph": 480,
+    "pointwise_dpo": 455,
+    "ulma": 455,
+    "typo": 385,
+    "ppo": 645,
+    "superhf": 535,
 }
 LONGER_MAIN = {"ppo": 90, "dph": 95, "pointwise_dpo": 95, "ulma": 95}
 PROGRAMS = set(
