@@ -3,165 +3,133 @@
 import contextlib
 import inspect
 import sys
+from functools import partial
 
 import torch
 
 from common import processes
 
-TOP = 512  # top_p looks at so many of the likeliest tokens before it sorts a whole vocabulary
-
 
 @torch.no_grad()
 def sample(
-    model,
-    prompts,
-    tokenizer,
-    max_new_tokens,
-    temperature=1.0,
-    top_p=1.0,
-    seed=0,
-    autocast=None,
-    banned_ids=(),
-    batch_size=0,
-    n=1,
+    model, prompts, tokenizer, max_new_tokens, temperature=1.0, top_p=1.0, seed=0, autocast=None, banned_ids=(), n=1
 ) -> list[list[int]]:
     """`n` completions of each prompt, side by side, as token ids that end in EOS unless cut.
 
     The arguments alone shape the distribution: the checkpoint's generation_config is not read.
     temperature 0 is greedy; `banned_ids` are never sampled, the others share their probability.
-    `batch_size` 0: by the size of the model. Each completion has its own random numbers: but for
-    rounding it depends neither on the rows beside it nor, if `shard_items` gave the prompts, on the
-    number of processes, which all must call with the same seed and number of prompts. The caller's
-    random numbers are untouched."""
+    Each completion has its own random numbers: but for rounding it depends neither on the rows
+    beside it nor, where `shard_items` gave the prompts, on the number of processes; all call with
+    the same seed and number of prompts. The caller's random numbers are untouched."""
     from tqdm import tqdm
 
-    device, eos, world = next(model.parameters()).device, tokenizer.eos_token_id, processes.world_size()
-    # float64: the steps of a float32 are too coarse for the rare tokens of a large vocabulary.
-    shape, generator = (len(prompts) * world, n, max_new_tokens), torch.Generator().manual_seed(seed)
-    uniforms = torch.rand(shape, generator=generator, dtype=torch.float64)[processes.rank() :: world].flatten(0, 1)
-    banned = torch.tensor(list(banned_ids), dtype=torch.long, device=device)
-
-    def pick(logits, rows: list[int], step: int) -> torch.Tensor:
-        logits = logits.float().index_fill(-1, banned, float("-inf"))  # [rows, vocabulary]
-        return draw(logits, uniforms[rows, step].to(device), temperature, top_p)
-
+    world, generator = processes.world_size(), torch.Generator().manual_seed(seed)
+    # The steps of float32 are too coarse for the rare tokens of a large vocabulary.
+    uniforms = torch.rand(len(prompts) * world, n, max_new_tokens, generator=generator, dtype=torch.float64)
+    uniforms = uniforms[processes.rank() :: world].flatten(0, 1)  # [completions, max_new_tokens]
+    pick = partial(draw, temperature=temperature, top_p=top_p, banned_ids=list(banned_ids))
     # Prompts of one length side by side, and equal ones among them.
     order = sorted(range(len(uniforms)), key=lambda i: (len(prompts[i // n]), prompts[i // n]))
-    completions: list = [None] * len(order)
-    batch_size = batch_size or samples_at_once(model)
     interval, hidden = 0.2 if sys.stderr.isatty() else 10.0, not processes.is_main_process()
     bar = tqdm(total=len(order), desc="sampling", delay=2.0, mininterval=interval, leave=False, disable=hidden)
-    was_training = model.training
+    completions, size, was_training = {}, samples_at_once(model), model.training
     model.eval()
     try:
         # One context for all batches: it keeps the weights that it has cast.
-        with autocast() if autocast else contextlib.nullcontext():
-            for start in range(0, len(order), batch_size):
-                rows = order[start : start + batch_size]
-                texts = [prompts[i // n] for i in rows]
-                for i, new in complete(model, texts, rows, pick, tokenizer, max_new_tokens, bar.update).items():
-                    completions[i] = new[: new.index(eos) + 1] if eos in new else new
+        with bar, autocast() if autocast else contextlib.nullcontext():
+            for start in range(0, len(order), size):
+                rows = order[start : start + size]
+                new = complete(model, [prompts[i // n] for i in rows], tokenizer, uniforms[rows], pick, bar)
+                completions |= zip(rows, new)
                 bar.update(start + len(rows) - bar.n)
     finally:
-        bar.close()
         model.train(was_training)
-    return completions
+    return [completions[i] for i in range(len(order))]
 
 
-def complete(model, prompts, rows, pick, tokenizer, max_new_tokens: int, ended) -> dict[int, list[int]]:
-    """Row -> completion of the prompt beside it, in one batch, which rows leave as they end.
-
-    Args:
-        rows: what `pick(logits, rows, step)` knows the completions by.
-        ended: told how many have just ended.
+def complete(model, prompts, tokenizer, uniforms: torch.Tensor, pick, bar) -> list[list[int]]:
+    """A completion of each prompt in one batch, in which equal prompts are read once and which rows
+    leave as they end; `pick(logits, uniforms)` picks their tokens.
     """
-    device, completions = next(model.parameters()).device, {row: [] for row in rows}
-    # A prompt that comes more than once is read once. `lines` are the rows' places in the last forward pass.
+    device, eos = next(model.parameters()).device, tokenizer.eos_token_id
     distinct = {prompt: line for line, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    lines = [distinct[tuple(prompt)] for prompt in prompts]
+    # The completions that go on, and the line of each in the last forward pass.
+    rows, lines = list(range(len(prompts))), [distinct[tuple(prompt)] for prompt in prompts]
     ids, mask = pad_left(list(map(list, distinct)), tokenizer.pad_token_id, device).values()
-    cache: dict = {}
-    for step in range(max_new_tokens):
+    completions, cache = [[] for _ in prompts], {}
+    for uniform in uniforms.to(device).T:  # [prompts]
         logits, cache = next_logits(model, ids, mask, cache)
-        tokens = pick(logits[lines], rows, step)  # [rows]
+        tokens = pick(logits[lines], uniform[rows])  # [rows]
         picked = tokens.tolist()
         for row, token in zip(rows, picked):
             completions[row].append(token)
-        going = [i for i, token in enumerate(picked) if token != tokenizer.eos_token_id]
-        ended(len(rows) - len(going))
-        # Processes make as many passes, as sharding asks: one that has ended goes on with any row.
-        counts = processes.sum_over_processes(torch.tensor(len(going), device=device))
-        if step + 1 == max_new_tokens or not counts:
+        going = [i for i, token in enumerate(picked) if token != eos]
+        bar.update(len(rows) - len(going))
+        # A sharded model needs all processes in each pass; one without rows goes on with any.
+        if not processes.sum_over_processes(torch.tensor(len(going), device=device)):
             break
         going = going or [0]
         rows, lines = [rows[i] for i in going], [lines[i] for i in going]
         if lines != list(range(len(ids))):
             chosen = torch.tensor(lines, device=device)
             ids, mask = ids[chosen], mask[chosen]
-            for kept in cache.values():
-                kept.reorder_cache(chosen)
+            for states in cache.values():
+                states.reorder_cache(chosen)
         ids, mask = torch.cat([ids, tokens[going, None]], 1), torch.cat([mask, mask.new_ones(len(going), 1)], 1)
-        lines = list(range(len(ids)))
-    return completions
+        lines = list(range(len(rows)))
+    return [new[: new.index(eos) + 1] if eos in new else new for new in completions]
 
 
 def next_logits(model, ids: torch.Tensor, mask: torch.Tensor, cache: dict) -> tuple[torch.Tensor, dict]:
-    """Logits [lines, vocabulary] of the token after `ids`, and the model's cache by its argument's
-    name; {} where it keeps no cache whose lines can be chosen: all is then computed anew each time.
+    """Logits [lines, vocabulary] of the token after `ids`, and the cache by its argument's name: {}
+    of a model whose cache is of another kind, which computes all anew for each token.
     """
     from transformers import Cache
 
-    known, positions = inspect.signature(model.forward).parameters, (mask.cumsum(-1) - 1).clamp(min=0)
+    inputs = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0), "input_ids": ids}
     if cache:
-        ids, positions = ids[:, -1:], positions[:, -1:]
-    optional = {"position_ids": positions, "logits_to_keep": 1}
-    inputs = {name: value for name, value in optional.items() if name in known} | cache
-    output = model(input_ids=ids, attention_mask=mask, use_cache=True, **inputs)
-    name = "cache" if "cache" in output.keys() else "past_key_values"  # before transformers 5.20
-    kept = output.get(name)
-    return output.logits[:, -1], {name: kept} if isinstance(kept, Cache) else {}
+        inputs = {name: values[:, -1:] for name, values in inputs.items()}
+    inputs |= cache | {"attention_mask": mask, "use_cache": True, "logits_to_keep": 1}
+    known = inspect.signature(model.forward).parameters
+    output = model(**{name: value for name, value in inputs.items() if name in known})
+    name = "cache" if "cache" in output else "past_key_values"  # its name in older transformers
+    return output.logits[:, -1], {name: output[name]} if isinstance(output.get(name), Cache) else {}
 
 
-def draw(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float, top_p: float, top=TOP) -> torch.Tensor:
+def draw(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float, top_p: float, banned_ids) -> torch.Tensor:
     """A token for each line of logits [lines, vocabulary]: the first whose cumulative probability
     is above the line's number of `uniforms`, float64 in [0, 1). One of probability 0 never is.
-
-    top_p keeps the fewest tokens, the likeliest ones, that have this probability together; of equal
-    ones the larger ids, as transformers does. The `top` likeliest are sorted, and all where those
-    do not tell."""
+    """
+    logits = logits.float()
+    if banned_ids:
+        logits[:, banned_ids] = float("-inf")
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
-    kept, ids, is_told = nucleus(logits, top_p, top) if top_p < 1 else (logits, None, None)
-    weights = (kept - kept.amax(-1, keepdim=True)).exp()
-    # In float32 a sum over a large vocabulary would lose its rare tokens.
+    logits = logits / temperature if top_p == 1 else nucleus(logits / temperature, top_p)
+    weights = (logits - logits.amax(-1, keepdim=True)).exp()
     cumulative = weights.cumsum(-1, dtype=torch.float64)
     totals = cumulative[:, -1:]
     if not totals.isfinite().all():
         raise FloatingPointError("The model's logits are not finite: nothing can be sampled from it.")
-    tokens = torch.searchsorted(cumulative, uniforms[:, None] * totals, right=True)
-    if ids is None:
-        return tokens.squeeze(-1)
-    tokens = ids.gather(-1, tokens).squeeze(-1)
-    if not is_told.all():
-        tokens[~is_told] = draw(logits[~is_told], uniforms[~is_told], 1.0, top_p, logits.shape[-1])
-    return tokens
+    return torch.searchsorted(cumulative, uniforms[:, None] * totals, right=True).squeeze(-1)
 
 
-def nucleus(logits: torch.Tensor, top_p: float, top: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What `draw` keeps of the `top` likeliest tokens: their logits, -inf where left out, and their
-    ids, [lines, top] each; and whether these are the right ones, [lines].
-    """
+def nucleus(logits: torch.Tensor, top_p: float, top: int = 512) -> torch.Tensor:
+    """Logits [lines, vocabulary], -inf but at the fewest tokens, the likeliest ones, that together
+    have probability top_p; of equal ones the larger ids, as transformers keeps them.
+
+    The `top` likeliest are sorted, and a whole line where those do not tell."""
     top = min(top, logits.shape[-1])
-    ids = logits.topk(top, sorted=False).indices.sort(descending=True).values
-    values = logits.gather(-1, ids)
-    ranked, order = values.sort(descending=True, stable=True)  # of equal ones the larger id first
+    ids = logits.topk(min(top, logits.shape[-1]), sorted=False).indices.sort(descending=True).values
+    ranked, order = logits.gather(-1, ids).sort(descending=True, stable=True)  # of equal ones the larger id first
     probabilities = (ranked - logits.logsumexp(-1, keepdim=True)).double().exp()
     is_kept = probabilities.cumsum(-1) - probabilities < top_p  # those before it do not have top_p yet
-    least = ranked.gather(-1, is_kept.sum(-1, keepdim=True) - 1)
-    is_told = (ranked[:, -1:] < least).squeeze(-1) | (top == logits.shape[-1])
-    is_kept = torch.zeros_like(is_kept).scatter(-1, order, is_kept)
-    return values.masked_fill(~is_kept, float("-inf")), ids, is_told
+    kept = ranked.masked_fill(~is_kept, float("-inf"))
+    kept = torch.full_like(logits, float("-inf")).scatter_(-1, ids.gather(-1, order), kept)
+    unsure = (is_kept & (ranked == ranked[:, -1:])).any(-1)  # tokens that were not looked at may belong to it
+    if top < logits.shape[-1] and unsure.any():
+        kept[unsure] = nucleus(logits[unsure], top_p, logits.shape[-1])
+    return kept
 
 
 def pad_left(prompts: list[list[int]], pad_id: int, device) -> dict[str, torch.Tensor]:
