@@ -108,7 +108,7 @@ def compute_loss(model, batch: dict, kl: float) -> tuple[torch.Tensor, dict[str,
             return token_terms(head(states), F.linear(ref_states, *ref_head), targets)
 
         states = hidden_states(model, batch)[batch["logit_index"]]  # [tokens, hidden]
-        # Several tensors as large as the logits exist at once, so there are fewer tokens in a chunk.
+        # Several tensors as large as the logits exist at once: fewer tokens in a chunk.
         chunks = zip(*(x.split(CHUNK // 8) for x in (states, batch["ref_states"], batch["targets"])))
         terms = torch.cat([checkpoint(chunk_terms, *chunk, use_reentrant=False) for chunk in chunks])  # [tokens, 2]
     ce, forward_kl = terms.sum(0)
@@ -284,7 +284,7 @@ def best_completions(groups: list[list[Completion]], k: int) -> list[Completion]
 
 
 def parts_with_reference(micro_batches, batch_of, ref_of, ref_head, autocast):
-    """(batch, weight) of each (rows, weight), with what it holds of the reference, one at a time."""
+    """(batch, weight) of each (rows, weight), the reference's columns too, one at a time."""
     for rows, weight in micro_batches:
         batch = batch_of(rows)
         with torch.no_grad(), autocast():

@@ -116,7 +116,7 @@ def draw(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float, top_p
 
 def nucleus(logits: torch.Tensor, top_p: float, top: int = 512) -> torch.Tensor:
     """Logits [lines, vocabulary], -inf but at the fewest tokens, the likeliest ones, that together
-    have probability top_p; of equal ones the larger ids, as transformers keeps them.
+    have probability top_p; of equal ones the larger ids.
 
     The `top` likeliest are sorted, and a whole line where those do not tell."""
     top = min(top, logits.shape[-1])
