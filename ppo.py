@@ -271,14 +271,14 @@ def rollout(rows: list[dict], count: int, tokenizer, sample, text_after, reward,
     """`count` completions of each row's prompt with their rewards, [rows][count].
 
     Args:
-        sample: prompts as ids -> completions as ids. text_after: (tokenizer, prompt ids, completion
-            ids) -> the answer as text. reward: (prompts, answers) -> [n]. seconds: what this takes
-            is added to its "generation" and "scoring".
+        sample: prompts as ids, n -> n completions of each as ids. text_after: (tokenizer, prompt
+            ids, completion ids) -> the answer as text. reward: (prompts, answers) -> [n]. seconds:
+            what this takes is added to its "generation" and "scoring".
     """
-    repeated = [row for row in rows for _ in range(count)]
-    prompt_ids, prompts = [row["prompt"] for row in repeated], [row["texts"][0] for row in repeated]
+    prompt_ids = [row["prompt"] for row in rows for _ in range(count)]
+    prompts = [row["texts"][0] for row in rows for _ in range(count)]
     with timed(seconds, "generation"):
-        completion_ids = [truncate_at_turn(tokenizer, ids) for ids in sample(prompt_ids)]
+        completion_ids = [truncate_at_turn(tokenizer, ids) for ids in sample([row["prompt"] for row in rows], n=count)]
         answers = [text_after(tokenizer, *ids) for ids in zip(prompt_ids, completion_ids)]
     with timed(seconds, "scoring"):
         rewards = reward(prompts, answers).tolist()
@@ -547,7 +547,7 @@ def main(args: Args) -> None:
     try:
         from adapters import lora
         from common import batches, evaluate, generate, models, oracle
-        from common.processes import gather, print0, rank, shard_items
+        from common.processes import gather, print0, shard_items
         from common.run import start_run
         from rewards.metrics import meteor_form, similarity
         from rewards.models import load_reward
@@ -601,7 +601,7 @@ def main(args: Args) -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     run.restore(model, optimizer)
-    first_seed = 1_000_003 * args.seed + rank()  # of sampling, on this process
+    first_seed = 1_000_003 * args.seed  # of sampling
 
     for step, rows_of_step in run.steps(plan):
         for group in optimizer.param_groups:

@@ -20,7 +20,8 @@ A batch (line i is row i's prompt and completion):
     logit_index, targets, sequence_ids [tokens]: flat position that predicts a completion token;
     that token; the row it belongs to
     completion_tokens [batch]: lengths of the completions
-    ref_logits [tokens, vocabulary]: the logits of the reference, a second model, at logit_index
+    ref_states [tokens, hidden], ref_head [weight, bias if there is one]: of the reference, a second
+    model, the hidden states at logit_index and the output layer; or ref_logits [tokens, vocabulary]
 
 Differences from the authors' code:
 1. Both terms are means over tokens. Theirs sums the KL over minibatches of 2: their .35 is .7 here.
@@ -39,6 +40,7 @@ from functools import partial
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 import tyro
 from torch.utils.checkpoint import checkpoint
 
@@ -98,15 +100,16 @@ def compute_loss(model, batch: dict, kl: float) -> tuple[torch.Tensor, dict[str,
     "count NAME" is how many things the metric NAME is the sum of.
     """
     if "logits_to_keep" in batch:
-        terms = token_terms(completion_logits(model, batch), batch["ref_logits"], batch["targets"])  # [tokens, 2]
+        terms = token_terms(model_logits(model, batch), batch["ref_logits"], batch["targets"])  # [tokens, 2]
     else:
-        head = model.get_output_embeddings()
+        head, ref_head = model.get_output_embeddings(), batch["ref_head"]
 
-        def chunk_terms(states, ref_logits, targets):
-            return token_terms(head(states), ref_logits, targets)
+        def chunk_terms(states, ref_states, targets):
+            return token_terms(head(states), F.linear(ref_states, *ref_head), targets)
 
         states = hidden_states(model, batch)[batch["logit_index"]]  # [tokens, hidden]
-        chunks = zip(*(x.split(CHUNK) for x in (states, batch["ref_logits"], batch["targets"])))
+        # Several tensors as large as the logits exist at once: fewer tokens in a chunk.
+        chunks = zip(*(x.split(CHUNK // 8) for x in (states, batch["ref_states"], batch["targets"])))
         terms = torch.cat([checkpoint(chunk_terms, *chunk, use_reentrant=False) for chunk in chunks])  # [tokens, 2]
     ce, forward_kl = terms.sum(0)
     loss = ce + kl * forward_kl
@@ -190,11 +193,11 @@ def completion_logps(model, batch: dict, hidden: torch.Tensor | None = None) -> 
     return sums.index_add(0, batch["sequence_ids"], logps)
 
 
-def completion_logits(model, batch: dict) -> torch.Tensor:
-    """Logits at the positions that predict a completion token, [tokens, vocabulary]."""
+def ref_columns(model, batch: dict) -> dict[str, torch.Tensor]:
+    """What a batch holds of the reference besides its output layer: no logits, where it can be."""
     if "logits_to_keep" in batch:
-        return model_logits(model, batch)
-    return model.get_output_embeddings()(hidden_states(model, batch)[batch["logit_index"]])
+        return {"ref_logits": model_logits(model, batch)}
+    return {"ref_states": hidden_states(model, batch)[batch["logit_index"]]}
 
 
 MARKERS = ("\n\nHuman:", "\n\nAssistant:")  # where a dialogue would go on
@@ -245,14 +248,14 @@ def rollout(rows: list[dict], count: int, tokenizer, sample, text_after, reward,
     """`count` completions of each row's prompt with their rewards, [rows][count].
 
     Args:
-        sample: prompts as ids -> completions as ids. text_after: (tokenizer, prompt ids, completion
-            ids) -> the answer as text. reward: (prompts, answers) -> [n]. seconds: what this takes
-            is added to its "generation" and "scoring".
+        sample: prompts as ids, n -> n completions of each as ids. text_after: (tokenizer, prompt
+            ids, completion ids) -> the answer as text. reward: (prompts, answers) -> [n]. seconds:
+            what this takes is added to its "generation" and "scoring".
     """
-    repeated = [row for row in rows for _ in range(count)]
-    prompt_ids, prompts = [row["prompt"] for row in repeated], [row["texts"][0] for row in repeated]
+    prompt_ids = [row["prompt"] for row in rows for _ in range(count)]
+    prompts = [row["texts"][0] for row in rows for _ in range(count)]
     with timed(seconds, "generation"):
-        completion_ids = [truncate_at_turn(tokenizer, ids) for ids in sample(prompt_ids)]
+        completion_ids = [truncate_at_turn(tokenizer, ids) for ids in sample([row["prompt"] for row in rows], n=count)]
         answers = [text_after(tokenizer, *ids) for ids in zip(prompt_ids, completion_ids)]
     with timed(seconds, "scoring"):
         rewards = reward(prompts, answers).tolist()
@@ -280,13 +283,13 @@ def best_completions(groups: list[list[Completion]], k: int) -> list[Completion]
     return kept
 
 
-def parts_with_ref_logits(micro_batches, batch_of, ref_logits_of, autocast):
-    """(batch, weight) of each (rows, weight), with the reference's logits, one at a time."""
+def parts_with_reference(micro_batches, batch_of, ref_of, ref_head, autocast):
+    """(batch, weight) of each (rows, weight), the reference's columns too, one at a time."""
     for rows, weight in micro_batches:
         batch = batch_of(rows)
         with torch.no_grad(), autocast():
-            batch["ref_logits"] = ref_logits_of(batch)  # [tokens, vocabulary]
-        yield batch, weight
+            columns = ref_of(batch)
+        yield batch | columns | {"ref_head": ref_head}, weight
 
 
 def update(parts, compute, model, optimizer, completions: list[Completion], max_grad_norm: float, run):
@@ -448,7 +451,7 @@ def main(args: Args) -> None:
     try:
         from adapters import lora
         from common import batches, evaluate, generate, models, oracle
-        from common.processes import gather, print0, rank, shard_items
+        from common.processes import gather, print0, shard_items
         from common.run import start_run
         from rewards.metrics import meteor_form, similarity
         from rewards.models import load_reward
@@ -480,7 +483,8 @@ def main(args: Args) -> None:
     ref_model = lora.without_adapter(model) or models.load_model(ref_folder, run.device, tokenizer)
     ref_model = run.prepare(ref_model.eval().requires_grad_(False))
     compute = partial(models.bind_forward(model, compute_loss), kl=args.kl)
-    ref_logits_of = models.bind_forward(ref_model, completion_logits)
+    ref_of = models.bind_forward(ref_model, ref_columns)
+    ref_head = [models.full_tensor(p) for p in ref_model.get_output_embeddings().parameters()]
     run.pin_sources(ref_folder, data_sha256)
     batch_of = partial(batches.collate, pad_id=pad_id, layout=layout, device=run.device, dtype=run.dtype)
     names = "; test reward: ".join(filter(None, [args.reward, args.test_reward]))
@@ -497,7 +501,7 @@ def main(args: Args) -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     run.restore(model, optimizer)
-    first_seed = 1_000_003 * args.seed + rank()  # of sampling, on this process
+    first_seed = 1_000_003 * args.seed  # of sampling
 
     for step, rows_of_step in run.steps(plan):
         for group in optimizer.param_groups:
@@ -510,7 +514,7 @@ def main(args: Args) -> None:
         with timed(seconds, "training"):
             run.accumulate(choice_metrics(groups, kept, similarity, step, run.device), 1.0)
             examples = [{"prompt": c.prompt_ids, "completions": [c.completion_ids]} for c in kept]
-            parts = parts_with_ref_logits(run.micro_batches(examples), batch_of, ref_logits_of, run.autocast)
+            parts = parts_with_reference(run.micro_batches(examples), batch_of, ref_of, ref_head, run.autocast)
             grad_norm = update(parts, compute, model, optimizer, kept, args.max_grad_norm, run)
             run.end_step(len(examples), batches.count_tokens(examples), grad_norm)
         if run.is_time(args.eval_every):

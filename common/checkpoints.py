@@ -57,16 +57,16 @@ def save_model(model, tokenizer, folder: Path, merge: bool = False) -> None:
         state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         kept = {name for pairs in (model.named_parameters(), model.named_buffers()) for name, _ in pairs}
         state = {name: value for name, value in state.items() if name in kept}  # tied weights are written once
-    is_adapter = hasattr(model, "adapter")
-    if is_main_process() and is_adapter and not merge:
+    if not is_main_process():
+        return
+    if hasattr(model, "adapter") and not merge:
         lora.save_adapter(model, state or model.state_dict(), folder)
-        tokenizer.save_pretrained(folder)
-    elif is_main_process():
-        state = lora.merged_state(model, state or model.state_dict()) if is_adapter else state
+    else:
+        state = lora.merged_state(model, state or model.state_dict()) if hasattr(model, "adapter") else state
         model.save_pretrained(folder, state_dict=state)
-        tokenizer.save_pretrained(folder)
-        for name, content in folders.for_other_loaders(folder).items():
-            write_json(folder / name, content)
+    tokenizer.save_pretrained(folder)
+    for name, content in folders.for_other_loaders(folder).items():
+        write_json(folder / name, content)
 
 
 def save(folder: Path, model, optimizer, tokenizer, state: dict, device) -> Path:

@@ -12,7 +12,7 @@ from common.generate import decode_completion, is_tiny, sample, text_after
 from common.metrics import standard_error
 from common.models import context_length
 from common.oracle import plain_logps
-from common.processes import gather, rank, shard_items
+from common.processes import gather, shard_items
 from report import progress
 
 
@@ -73,8 +73,7 @@ def evaluate_samples(
     mine = [i * len(distinct) // count if count < len(distinct) else i % len(distinct) for i in range(count)]
     mine = shard_items(mine)
     prompts = [distinct[i][1] for i in mine]
-    repeated = [prompt for prompt in prompts for _ in range(n)]
-    completions = sample(policy, repeated, tokenizer, max_new_tokens, seed=seed + 1000 * rank() + 1, autocast=autocast)
+    completions = sample(policy, prompts, tokenizer, max_new_tokens, seed=seed + 1, autocast=autocast, n=n)
     groups = [completions[i : i + n] for i in range(0, len(completions), n)]
     metrics: dict = {}
     if n > 1:
@@ -126,8 +125,8 @@ def sample_rows(model, tokenizer, rows: list[dict], n: int, max_new_tokens: int,
         return []
     # The longest prompt must leave room for its answer.
     room = min(max_new_tokens, context_length(model) - max(len(row["prompt"]) for row in rows))
-    prompts = [row["prompt"] for row in shard_items(rows) for _ in range(n)]
-    completions = sample(model, prompts, tokenizer, room, seed=seed + 1000 * rank() + 2, autocast=autocast)
+    prompts = [row["prompt"] for row in shard_items(rows)]
+    completions = sample(model, prompts, tokenizer, room, seed=seed + 2, autocast=autocast, n=n)
     return gather([completions[i : i + n] for i in range(0, len(completions), n)])[: len(rows)]
 
 

@@ -1,5 +1,10 @@
 """Sampling from a model, and the text of what was sampled."""
 
+import contextlib
+import inspect
+import sys
+from functools import partial
+
 import torch
 
 from common import processes
@@ -7,56 +12,124 @@ from common import processes
 
 @torch.no_grad()
 def sample(
-    model,
-    prompts,
-    tokenizer,
-    max_new_tokens,
-    temperature=1.0,
-    top_p=1.0,
-    seed=0,
-    autocast=None,
-    banned_ids=(),
-    batch_size=0,
+    model, prompts, tokenizer, max_new_tokens, temperature=1.0, top_p=1.0, seed=0, autocast=None, banned_ids=(), n=1
 ) -> list[list[int]]:
-    """One completion for each prompt, as token ids that end in EOS unless cut.
+    """`n` completions of each prompt, side by side, as token ids that end in EOS unless cut.
 
-    Everything that shapes the distribution is passed here and the checkpoint's generation_config is
-    set aside: transformers would sample from the 50 likeliest tokens where nothing is said.
-    temperature 0 is greedy. `banned_ids` are never sampled, the others share their probability.
-    `batch_size` 0: by the size of the model. Prompts are padded on the left, with position ids
-    from the mask. The caller's random numbers are untouched. With several processes each must call
-    with the same number of prompts."""
-    from transformers import GenerationConfig
+    The arguments alone shape the distribution: the checkpoint's generation_config is not read.
+    temperature 0 is greedy; `banned_ids` are never sampled, the others share their probability.
+    Each completion has its own random numbers: but for rounding it depends neither on the rows
+    beside it nor, where `shard_items` gave the prompts, on the number of processes; all call with
+    the same seed and number of prompts. The caller's random numbers are untouched."""
+    from tqdm import tqdm
 
-    device = next(model.parameters()).device
-    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
-    shape = {"max_new_tokens": max_new_tokens, "eos_token_id": eos, "pad_token_id": pad, "use_cache": True}
-    if temperature > 0:
-        shape |= {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    config = GenerationConfig(**shape)
-    config.suppress_tokens = list(banned_ids) or None
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    completions: list = [None] * len(prompts)
-    was_training, saved = model.training, model.generation_config
+    world, generator = processes.world_size(), torch.Generator().manual_seed(seed)
+    # The steps of float32 are too coarse for the rare tokens of a large vocabulary.
+    uniforms = torch.rand(len(prompts) * world, n, max_new_tokens, generator=generator, dtype=torch.float64)
+    uniforms = uniforms[processes.rank() :: world].flatten(0, 1)  # [completions, max_new_tokens]
+    pick = partial(draw, temperature=temperature, top_p=top_p, banned_ids=list(banned_ids))
+    # Prompts of one length side by side, and equal ones among them.
+    order = sorted(range(len(uniforms)), key=lambda i: (len(prompts[i // n]), prompts[i // n]))
+    interval, hidden = 0.2 if sys.stderr.isatty() else 10.0, not processes.is_main_process()
+    bar = tqdm(total=len(order), desc="sampling", delay=2.0, mininterval=interval, leave=False, disable=hidden)
+    completions, size, was_training = {}, samples_at_once(model), model.training
     model.eval()
-    model.generation_config = config
-    batch_size = batch_size or samples_at_once(model)
-    synced = processes.world_size() > 1
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        try:
-            for start in range(0, len(order), batch_size):
-                chunk = order[start : start + batch_size]
-                inputs = pad_left([prompts[i] for i in chunk], pad, device)
-                with autocast() if autocast else torch.no_grad():
-                    output = model.generate(**inputs, generation_config=config, synced_gpus=synced)
-                length = inputs["input_ids"].shape[1]
-                for i, new in zip(chunk, output[:, length:].tolist()):
-                    completions[i] = new[: new.index(eos) + 1] if eos in new else new[:max_new_tokens]
-        finally:
-            model.generation_config = saved
-            model.train(was_training)
-    return completions
+    try:
+        # One context for all batches: it keeps the weights that it has cast.
+        with bar, autocast() if autocast else contextlib.nullcontext():
+            for start in range(0, len(order), size):
+                rows = order[start : start + size]
+                new = complete(model, [prompts[i // n] for i in rows], tokenizer, uniforms[rows], pick, bar)
+                completions |= zip(rows, new)
+                bar.update(start + len(rows) - bar.n)
+    finally:
+        model.train(was_training)
+    return [completions[i] for i in range(len(order))]
+
+
+def complete(model, prompts, tokenizer, uniforms: torch.Tensor, pick, bar) -> list[list[int]]:
+    """A completion of each prompt in one batch, in which equal prompts are read once and which rows
+    leave as they end; `pick(logits, uniforms)` picks their tokens.
+    """
+    device, eos = next(model.parameters()).device, tokenizer.eos_token_id
+    distinct = {prompt: line for line, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    # The completions that go on, and the line of each in the last forward pass.
+    rows, lines = list(range(len(prompts))), [distinct[tuple(prompt)] for prompt in prompts]
+    ids, mask = pad_left(list(map(list, distinct)), tokenizer.pad_token_id, device).values()
+    completions, cache = [[] for _ in prompts], {}
+    for uniform in uniforms.to(device).T:  # [prompts]
+        logits, cache = next_logits(model, ids, mask, cache)
+        tokens = pick(logits[lines], uniform[rows])  # [rows]
+        picked = tokens.tolist()
+        for row, token in zip(rows, picked):
+            completions[row].append(token)
+        going = [i for i, token in enumerate(picked) if token != eos]
+        bar.update(len(rows) - len(going))
+        # A sharded model needs all processes in each pass; one without rows goes on with any.
+        if not processes.sum_over_processes(torch.tensor(len(going), device=device)):
+            break
+        going = going or [0]
+        rows, lines = [rows[i] for i in going], [lines[i] for i in going]
+        if lines != list(range(len(ids))):
+            chosen = torch.tensor(lines, device=device)
+            ids, mask = ids[chosen], mask[chosen]
+            for states in cache.values():
+                states.reorder_cache(chosen)
+        ids, mask = torch.cat([ids, tokens[going, None]], 1), torch.cat([mask, mask.new_ones(len(going), 1)], 1)
+        lines = list(range(len(rows)))
+    return [new[: new.index(eos) + 1] if eos in new else new for new in completions]
+
+
+def next_logits(model, ids: torch.Tensor, mask: torch.Tensor, cache: dict) -> tuple[torch.Tensor, dict]:
+    """Logits [lines, vocabulary] of the token after `ids`, and the cache by its argument's name: {}
+    of a model whose cache is of another kind, which computes all anew for each token.
+    """
+    from transformers import Cache
+
+    inputs = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0), "input_ids": ids}
+    if cache:
+        inputs = {name: values[:, -1:] for name, values in inputs.items()}
+    inputs |= cache | {"attention_mask": mask, "use_cache": True, "logits_to_keep": 1}
+    known = inspect.signature(model.forward).parameters
+    output = model(**{name: value for name, value in inputs.items() if name in known})
+    name = "cache" if "cache" in output else "past_key_values"  # its name in older transformers
+    return output.logits[:, -1], {name: output[name]} if isinstance(output.get(name), Cache) else {}
+
+
+def draw(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float, top_p: float, banned_ids) -> torch.Tensor:
+    """A token for each line of logits [lines, vocabulary]: the first whose cumulative probability
+    is above the line's number of `uniforms`, float64 in [0, 1). One of probability 0 never is.
+    """
+    logits = logits.float()
+    if banned_ids:
+        logits[:, banned_ids] = float("-inf")
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature if top_p == 1 else nucleus(logits / temperature, top_p)
+    weights = (logits - logits.amax(-1, keepdim=True)).exp()
+    cumulative = weights.cumsum(-1, dtype=torch.float64)
+    totals = cumulative[:, -1:]
+    if not totals.isfinite().all():
+        raise FloatingPointError("The model's logits are not finite: nothing can be sampled from it.")
+    return torch.searchsorted(cumulative, uniforms[:, None] * totals, right=True).squeeze(-1)
+
+
+def nucleus(logits: torch.Tensor, top_p: float, top: int = 512) -> torch.Tensor:
+    """Logits [lines, vocabulary], -inf but at the fewest tokens, the likeliest ones, that together
+    have probability top_p; of equal ones the larger ids.
+
+    The `top` likeliest are sorted, and a whole line where those do not tell."""
+    top = min(top, logits.shape[-1])
+    ids = logits.topk(min(top, logits.shape[-1]), sorted=False).indices.sort(descending=True).values
+    ranked, order = logits.gather(-1, ids).sort(descending=True, stable=True)  # of equal ones the larger id first
+    probabilities = (ranked - logits.logsumexp(-1, keepdim=True)).double().exp()
+    is_kept = probabilities.cumsum(-1) - probabilities < top_p  # those before it do not have top_p yet
+    kept = ranked.masked_fill(~is_kept, float("-inf"))
+    kept = torch.full_like(logits, float("-inf")).scatter_(-1, ids.gather(-1, order), kept)
+    unsure = (is_kept & (ranked == ranked[:, -1:])).any(-1)  # tokens that were not looked at may belong to it
+    if top < logits.shape[-1] and unsure.any():
+        kept[unsure] = nucleus(logits[unsure], top_p, logits.shape[-1])
+    return kept
 
 
 def pad_left(prompts: list[list[int]], pad_id: int, device) -> dict[str, torch.Tensor]:

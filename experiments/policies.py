@@ -45,7 +45,7 @@ def sample_policy(policy, tokenizer, seed: int, count: int) -> tuple[list, list,
     as token ids, and the answers' texts.
     """
     prompts = [tokenizer(world.prompt_of(row)).input_ids for row in trained_questions() for _ in range(count)]
-    completions = sample(policy, prompts, tokenizer, base.MAX_NEW_TOKENS, seed=seed + 1, batch_size=1000)
+    completions = sample(policy, prompts, tokenizer, base.MAX_NEW_TOKENS, seed=seed + 1)
     return prompts, completions, [decode_completion(tokenizer, ids) for ids in completions]
 
 

@@ -122,8 +122,8 @@ def answers_to(model, tokenizer, head, texts, first: int, room: int, chat: bool,
             row, reason, _ = encode_row(tokenizer, text[0], [], room, chat)
             prompt_ids |= {number: row["prompt"]} if row else {}
         lines.append({"row": number, "reason": reason} if reason else {"row": number, "prompt": text[0]})
-    repeated = [ids for ids in prompt_ids.values() for _ in range(best_of)]
-    completions = sample(model, repeated, tokenizer, seed=1_000_003 * seed + first, **shape) if repeated else []
+    ids_of_rows, group_seed = list(prompt_ids.values()), 1_000_003 * seed + first
+    completions = sample(model, ids_of_rows, tokenizer, n=best_of, seed=group_seed, **shape) if prompt_ids else []
     for i, (number, ids) in enumerate(prompt_ids.items()):
         candidates = completions[i * best_of : (i + 1) * best_of]
         line = lines[number - first]

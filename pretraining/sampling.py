@@ -10,7 +10,7 @@ import torch
 
 from common import generate
 from common.models import context_length
-from common.processes import gather, rank, shard_items
+from common.processes import gather, shard_items
 
 
 @contextlib.contextmanager
@@ -48,7 +48,7 @@ def sample_continuations(
         max_new_tokens,
         temperature,
         top_p,
-        seed=seed + 1000 * rank(),
+        seed=seed,
         autocast=autocast,
         banned_ids=tuple(banned_ids),
     )

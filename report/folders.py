@@ -57,13 +57,20 @@ def text_of(token: str | dict) -> str:
 
 
 def for_other_loaders(folder: Path) -> dict[str, dict]:
-    """The JSON files of a model folder as other programs must find them, by name."""
-    config = with_old_names(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    if config.get("architectures"):  # fully_shard renames the class
-        config["architectures"] = [name.removeprefix("FSDP") for name in config["architectures"]]
-    if not (folder / "tokenizer.json").exists():
-        return {"config.json": config}
-    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    special = {token["content"] for token in tokenizer.get("added_tokens", []) if token.get("special")}
-    about = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    return {"config.json": config, "tokenizer_config.json": old_tokenizer_config(about, special)}
+    """The JSON files of a folder, of a model or of an adapter, as other programs must find them, by
+    name."""
+    files = {}
+    if (folder / "config.json").exists():
+        config = files["config.json"] = with_old_names(read(folder / "config.json"))
+        if config.get("architectures"):  # fully_shard renames the class
+            config["architectures"] = [name.removeprefix("FSDP") for name in config["architectures"]]
+    if (folder / "tokenizer.json").exists():
+        added = read(folder / "tokenizer.json").get("added_tokens", [])
+        special = {token["content"] for token in added if token.get("special")}
+        files["tokenizer_config.json"] = old_tokenizer_config(read(folder / "tokenizer_config.json"), special)
+    return files
+
+
+def read(path: Path) -> dict:
+    """The object of a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -84,7 +84,7 @@ LONGER = {
     "ulma": 455,
     "typo": 385,
     "ppo": 645,
-    "superhf": 535,
+    "superhf": 540,
 }
 LONGER_MAIN = {"ppo": 90, "dph": 95, "pointwise_dpo": 95, "ulma": 95}
 PROGRAMS = set(

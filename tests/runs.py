@@ -244,13 +244,13 @@ def gpt2_like(folder: Path, **changes) -> str:
     return str(models.save(models.tiny_gpt2(len(words), **ends, **changes), fast, folder))
 
 
-def canned_sample(model, prompts: list[list[int]], tokenizer, max_new_tokens: int, **shape) -> list[list[int]]:
+def canned_sample(model, prompts: list[list[int]], tokenizer, max_new_tokens: int, n=1, **shape) -> list[list[int]]:
     """Stands for generate.sample: completions that depend on the prompt, and on how often it came
     before in this call, and on nothing else.
     """
     times: dict[tuple, int] = {}
     completions = []
-    for prompt in prompts:
+    for prompt in (prompt for prompt in prompts for _ in range(n)):
         times[tuple(prompt)] = times.get(tuple(prompt), -1) + 1
         rng = random.Random(json.dumps([prompt, times[tuple(prompt)]]))
         ids = [rng.randrange(4, len(tokenizer)) for _ in range(rng.randrange(1, max_new_tokens + 1))]

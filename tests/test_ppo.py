@@ -164,9 +164,9 @@ def batches_of(tmp_path, llama, file11, monkeypatch, **changes):
         )
         return loss, metrics
 
-    def sample(model, prompts, tokenizer, max_new_tokens, **shape):
-        drawn = canned_sample(model, prompts, tokenizer, max_new_tokens)
-        scored.extend(zip(prompts, drawn))
+    def sample(model, prompts, tokenizer, max_new_tokens, n, **shape):
+        drawn = canned_sample(model, prompts, tokenizer, max_new_tokens, n)
+        scored.extend(zip((prompt for prompt in prompts for _ in range(n)), drawn))
         return drawn
 
     def reward(prompts, answers):

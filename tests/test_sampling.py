@@ -46,7 +46,7 @@ def flat():
 
 
 def draw(model, prompt, count, **changes):
-    return generate.sample(model, [prompt] * count, ENDS, **({"max_new_tokens": 1, "batch_size": 4096} | changes))
+    return generate.sample(model, [prompt] * count, ENDS, **{"max_new_tokens": 1, **changes})
 
 
 def test_frequencies_are_the_softmax(flat):
@@ -174,7 +174,7 @@ def test_padding_on_the_left_changes_nothing(build):
             ids.append(token)
 
 
-def test_answers_come_back_in_the_order_of_the_prompts(bigram):
+def test_answers_come_back_in_the_order_of_the_prompts(bigram, monkeypatch):
     """Prompts are sorted by length inside; which batch size is used says nothing about which answer
     belongs to which prompt.
     """
@@ -182,11 +182,235 @@ def test_answers_come_back_in_the_order_of_the_prompts(bigram):
     expected = [generate.sample(bigram.load(), [prompt], ENDS, 3, temperature=0)[0] for prompt in prompts]
     assert [ids[0] for ids in expected] == [int(bigram.table[prompt[-1]].argmax()) for prompt in prompts]
     for batch_size in (1, 2, 3, 64):
-        assert generate.sample(bigram.load(), prompts, ENDS, 3, temperature=0, batch_size=batch_size) == expected
+        monkeypatch.setattr(generate, "samples_at_once", lambda model, size=batch_size: size)
+        assert generate.sample(bigram.load(), prompts, ENDS, 3, temperature=0) == expected
 
 
 def test_no_prompts_no_answers(bigram):
     assert generate.sample(bigram.load(), [], ENDS, 3) == []
+
+
+# -- rows that share a prompt, a batch, a process
+
+
+@pytest.fixture(scope="module")
+def many_kinds():
+    """A model of each kind of cache: all tokens, a sliding window in some layers or all, states."""
+    from transformers import (
+        AutoModelForCausalLM,
+        Gemma3TextConfig,
+        LlamaConfig,
+        Mamba2Config,
+        MistralConfig,
+        Qwen3NextConfig,
+    )
+
+    shape = {"vocab_size": 80, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.2}
+    shape |= models.ENDS
+    states = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 80, "state_size": 8, "num_heads": 8}
+    states |= {"head_dim": 8, "n_groups": 1, "chunk_size": 8, "initializer_range": 0.2, **models.ENDS}
+    linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8}
+    linear |= {"linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"], "num_experts": 0}
+    configs = {
+        "llama": LlamaConfig(**shape),
+        "mistral": MistralConfig(**shape, sliding_window=5),
+        "gemma3": Gemma3TextConfig(
+            **shape, sliding_window=5, layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=8
+        ),
+        "mamba2": Mamba2Config(**states),
+        "qwen3_next": Qwen3NextConfig(**(shape | linear)),
+    }
+    loaded = {}
+    for name, config in configs.items():
+        torch.manual_seed(0)
+        loaded[name] = AutoModelForCausalLM.from_config(config).float().eval()
+    return loaded | {"gpt2": models.tiny_gpt2(80)}
+
+
+KINDS = ["llama", "gpt2", "mistral", "gemma3", "mamba2", "qwen3_next"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_is_what_generate_says(kind, many_kinds):
+    """Token by token, with prompts that come more than once and rows that end before others."""
+    model, prompts, expected = many_kinds[kind], prompts_of_many_lengths(), []
+    never, shape = 10_000, {"max_new_tokens": 12, "do_sample": False, "pad_token_id": PAD}
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        out = model.generate(ids, eos_token_id=[never], **shape)
+        expected += 2 * [out[0, len(prompt) :].tolist()]
+    ends = SimpleNamespace(pad_token_id=PAD, eos_token_id=never)
+    assert generate.sample(model, prompts, ends, 12, temperature=0, n=2) == expected
+    assert len({tuple(ids) for ids in expected}) > 3
+    # The second token of the first answers stands for EOS: these rows leave in the middle.
+    eos = expected[0][1]
+    ends = SimpleNamespace(pad_token_id=PAD, eos_token_id=eos)
+    cut = [ids[: ids.index(eos) + 1] if eos in ids else ids for ids in expected]
+    assert generate.sample(model, prompts, ends, 12, temperature=0, n=2) == cut
+    assert len({len(ids) for ids in cut}) > 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_completion_does_not_depend_on_its_company(kind, many_kinds, monkeypatch):
+    """Its random numbers are its own: neither the size of batches nor what else is sampled matters."""
+    model, prompts = many_kinds[kind], prompts_of_many_lengths()
+    expected = generate.sample(model, prompts, ENDS, 12, top_p=0.9, seed=4, n=3)
+    assert len({tuple(ids) for ids in expected}) > 20
+    for size in (1, 5, 7):
+        monkeypatch.setattr(generate, "samples_at_once", lambda model, size=size: size)
+        assert generate.sample(model, prompts, ENDS, 12, top_p=0.9, seed=4, n=3) == expected
+    assert generate.sample(model, prompts[:3], ENDS, 12, top_p=0.9, seed=4, n=3) == expected[:9]
+
+
+def test_two_processes_sample_what_one_does(monkeypatch):
+    """As `shard_items` deals prompts out, with n completions of each."""
+    model, prompts = models.tiny_llama(80), prompts_of_many_lengths()
+    expected = generate.sample(model, prompts, ENDS, 12, seed=4, n=3)
+    monkeypatch.setattr(generate.processes, "world_size", lambda: 2)
+    monkeypatch.setattr(generate.processes, "sum_over_processes", lambda count: count)
+    for rank in (0, 1):
+        monkeypatch.setattr(generate.processes, "rank", lambda rank=rank: rank)
+        groups = [expected[3 * i : 3 * i + 3] for i in range(rank, len(prompts), 2)]
+        assert generate.sample(model, prompts[rank::2], ENDS, 12, seed=4, n=3) == [ids for g in groups for ids in g]
+
+
+def test_a_prompt_is_read_once_and_ended_rows_leave(monkeypatch):
+    """The lines of each forward pass: distinct prompts first, then those that go on."""
+    model, lines = model_that_ends(), []
+    forward = model.forward
+
+    def counted(input_ids, **inputs):
+        lines.append(tuple(input_ids.shape))
+        return forward(input_ids=input_ids, **inputs)
+
+    monkeypatch.setattr(model, "forward", counted)
+    monkeypatch.setattr(generate.inspect, "signature", lambda _: SimpleNamespace(parameters=INPUTS))
+    answers = generate.sample(model, [[BOS, 3], [BOS, 3, 4]], ENDS, 6, n=20)
+    assert lines[0] == (2, 3)
+    assert lines[1:] == [(sum(len(ids) > step for ids in answers), 1) for step in range(1, len(lines))]
+    assert lines[1][0] < 40
+
+
+INPUTS = ("input_ids", "attention_mask", "position_ids", "use_cache", "cache", "past_key_values", "logits_to_keep")
+
+
+def test_a_process_without_rows_makes_the_passes_of_the_others(monkeypatch):
+    """Another process goes on to its seventh token: this one's forward passes do too, its answer
+    does not.
+    """
+    model, passes = model_that_ends(), []
+    monkeypatch.setattr(generate.processes, "sum_over_processes", lambda count: count + (len(passes) < 7))
+    next_logits = generate.next_logits
+    monkeypatch.setattr(generate, "next_logits", lambda *args: passes.append(1) or next_logits(*args))
+    answers = generate.sample(model, [[BOS, 3]], SimpleNamespace(pad_token_id=PAD, eos_token_id=EOS), 8, seed=1)
+    ended = answers[0].index(EOS) + 1
+    assert ended < 7 == len(passes)
+    assert len(answers[0]) == ended
+
+
+# -- one token
+
+
+def test_a_token_of_probability_0_is_never_drawn():
+    """Not at either end of the random numbers, and not where a float32 sum would be its own sum."""
+    never = float("-inf")
+    logits = torch.tensor([[never, 0.0, never, 1.0, never]]).repeat(3, 1)
+    for top_p in (1.0, 0.999, 0.5):
+        uniforms = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
+        drawn = generate.draw(logits.clone(), uniforms, 1.0, top_p, [])
+        assert set(drawn.tolist()) <= {1, 3}
+        assert drawn[2] == 3
+    assert generate.draw(logits.clone(), uniforms, 1.0, 1.0, [3]).tolist() == [1, 1, 1]
+
+
+def test_rare_tokens_of_a_large_vocabulary_keep_their_odds():
+    """Of 150,000 tokens the last 100,000 have 1e-9 each: numbers from 0 to 1 in even steps find the
+    token that the exact cumulative sum says, so no rounding of the sum or of the numbers shows.
+    """
+    exact = torch.full((150_000,), 1e-9, dtype=torch.float64)
+    exact[:50_000] = (1 - 1e-4) / 50_000
+    logits = exact.log().float()[None]
+    exact = logits[0].double().softmax(-1)
+    uniforms = torch.linspace(0, 1, 2001, dtype=torch.float64)[:-1]
+    rare = 1 - 1e-4 * torch.linspace(1, 1e-3, 1000, dtype=torch.float64)
+    uniforms = torch.cat([uniforms, rare])
+    drawn = torch.cat([generate.draw(logits, u[None], 1.0, 1.0, []) for u in uniforms])
+    high = exact.cumsum(0)[drawn]
+    assert ((high - exact[drawn] - 2e-7 <= uniforms) & (uniforms <= high + 2e-7)).all()
+    assert len(set(drawn[-1000:].tolist())) > 990  # float32 has a few hundred steps there
+
+
+def adversarial_logits() -> dict[str, torch.Tensor]:
+    """Where a search among the likeliest may go wrong: flat, peaked, ties at the edge, others."""
+    generator = torch.Generator().manual_seed(0)
+    random_ones = torch.randn(40, 3000, generator=generator)
+    spread = torch.linspace(0.05, 8, 40)[:, None]
+    ties = torch.zeros(4, 3000)
+    ties[:, ::7] = 2.0
+    some_out = random_ones.clone()
+    some_out[:, 100:] = float("-inf")
+    return {
+        "random": random_ones * spread,
+        "bfloat16": (random_ones * spread).bfloat16().float(),  # many ties
+        "flat": torch.zeros(2, 3000),
+        "ties": ties,
+        "one": torch.nn.functional.one_hot(torch.tensor([0, 2999]), 3000).float() * 100,
+        "masked": some_out,
+    }
+
+
+@pytest.mark.parametrize("top", [8, 512, 10_000])
+@pytest.mark.parametrize("top_p", [0.01, 0.5, 0.95, 0.999])
+@pytest.mark.parametrize("name", ["random", "bfloat16", "flat", "ties", "one", "masked"])
+def test_the_nucleus_is_that_of_a_full_sort(name, top_p, top):
+    """The same logits as transformers keeps, up to the rounding of the sums; which of equal ones
+    that are is left open there.
+    """
+    from transformers import TopPLogitsWarper
+
+    logits = adversarial_logits()[name]
+    kept = generate.nucleus(logits, top_p, top)
+    assert torch.equal(kept.isfinite(), generate.nucleus(logits, top_p, 3000).isfinite())
+    assert torch.equal(kept[kept.isfinite()], logits[kept.isfinite()])
+    probabilities, sizes = logits.double().softmax(-1), kept.isfinite().sum(-1)
+    ours = probabilities.masked_fill(~kept.isfinite(), 0).sort().values
+    theirs = probabilities.masked_fill(~TopPLogitsWarper(top_p)(None, logits.double()).isfinite(), 0).sort().values
+    assert (ours - theirs).abs().sum(-1).max() < (1e-4 if name in ("random", "masked") else 1e-3)
+    assert (ours != theirs).any(-1).float().mean() < (0.2 if name in ("random", "masked") else 1.1)
+    # The fewest that have top_p: enough with the least of them, too few without it.
+    mass = (probabilities * kept.isfinite()).sum(-1)
+    least = probabilities.masked_fill(~kept.isfinite(), 2).amin(-1)
+    assert (mass > top_p - 1e-6).all()
+    assert ((mass - least < top_p + 1e-6) | (sizes == 1)).all()
+    # Of equal ones the larger ids.
+    edge = (probabilities - least[:, None]).abs() < 1e-15
+    for line in range(len(logits)):
+        tied = edge[line].nonzero().flatten()
+        inside = kept[line, tied].isfinite()
+        assert (inside.long().diff() >= 0).all()
+
+
+def test_logits_that_are_not_finite_are_an_error():
+    for top_p in (1.0, 0.9):
+        with pytest.raises(FloatingPointError, match="not finite"):
+            generate.draw(torch.full((2, 9), float("nan")), torch.rand(2).double(), 1.0, top_p, [])
+
+
+def test_progress_is_shown_where_it_takes_long(bigram, capsys, monkeypatch):
+    """Nothing of a short one; of a long one its name and how many are done, on the main process."""
+    draw(bigram.load(), [BOS, 9], 4)
+    assert capsys.readouterr().err == ""
+    clock = iter(range(0, 100_000, 7))
+    monkeypatch.setattr("tqdm.std.time", lambda: next(clock))
+    monkeypatch.setattr(generate, "samples_at_once", lambda model: 1)
+    draw(bigram.load(), [BOS, 9], 4)
+    shown = capsys.readouterr().err
+    assert "sampling" in shown
+    assert "/4" in shown
+    monkeypatch.setattr(generate.processes, "is_main_process", lambda: False)
+    draw(bigram.load(), [BOS, 9], 4)
+    assert capsys.readouterr().err == ""
 
 
 # -- the end

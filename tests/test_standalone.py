@@ -224,7 +224,8 @@ if hasattr(script, "add_critic"):
     batch |= {"old_logps": old, "old_values": torch.zeros(7), "advantages": advantages, "returns": returns}
     expected = -21.0 + script.Args().vf_coef * 0.5 * 9 * 7
 else:
-    batch["ref_logits"] = torch.zeros(7, 20)  # uniform
+    head = model.get_output_embeddings().weight
+    batch |= {"ref_states": torch.zeros(7, head.shape[1]), "ref_head": [head.detach()]}  # uniform
     kl = sum((0.05 * (torch.tensor(0.05).log() - t)).sum().item() for t in tables)
     expected = -sum(logps) + script.Args().kl * kl
 value, metrics = compute_loss(model, batch, label_kind="binary")

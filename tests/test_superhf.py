@@ -8,8 +8,10 @@ import math
 import pytest
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 
 import superhf
+import typo
 from common import InputError, batches, generate
 from common import models as model_loading
 from common.run import Run
@@ -144,7 +146,7 @@ ROWS = [([5, 6, 7], [8, 9, 2]), ([10], [11, 12, 13, 14]), ([4, 5], [2])]
 
 
 @pytest.mark.parametrize("layout", ["rows", "model_head"])
-@pytest.mark.parametrize("chunk", [2, 4096])
+@pytest.mark.parametrize("chunk", [16, 4096])
 @pytest.mark.parametrize("kind", ["tiny_gpt2", "tiny_llama"])
 def test_the_training_step_is_superhf_loss(layout, chunk, kind, monkeypatch):
     """Gathered positions in chunks, logits recomputed, against full logits: loss, parts and every
@@ -154,7 +156,8 @@ def test_the_training_step_is_superhf_loss(layout, chunk, kind, monkeypatch):
     policy, reference = (getattr(models, kind)(20, seed).double() for seed in (0, 1))
     batch = batches.collate([{"prompt": p, "completions": [c]} for p, c in ROWS], 0, layout, "cpu")
     with torch.no_grad():
-        batch["ref_logits"] = superhf.completion_logits(reference, batch)
+        batch |= superhf.ref_columns(reference, batch)
+    batch["ref_head"] = list(reference.get_output_embeddings().parameters())
     loss, metrics = superhf.compute_loss(policy, batch, kl=0.7)
     assert metrics["count loss"] == 8
     got = torch.autograd.grad(loss / 8, list(policy.parameters()))
@@ -224,7 +227,7 @@ def test_sampling_is_asked_for_in_full(script, tmp_path, file11, llama, monkeypa
 
     def sample(model, prompts, tokenizer, max_new_tokens, **shape):
         calls.append({**shape, "prompts": prompts, "max_new_tokens": max_new_tokens})
-        return canned_sample(model, prompts, tokenizer, max_new_tokens)
+        return canned_sample(model, prompts, tokenizer, max_new_tokens, shape["n"])
 
     monkeypatch.setattr(generate, "sample", sample)
     given = {"temperature": 0.8, "top_p": 0.7} if script == "superhf" else {}
@@ -233,7 +236,8 @@ def test_sampling_is_asked_for_in_full(script, tmp_path, file11, llama, monkeypa
     for call in calls:
         assert (call.get("temperature", 1.0), call.get("top_p", 1.0)) == ((0.8, 0.7) if given else (1.0, 1.0))
         assert call["max_new_tokens"] == 5
-        assert [call["prompts"].count(p) for p in call["prompts"]] == [3] * len(call["prompts"])
+        assert call["n"] == 3
+        assert [call["prompts"].count(p) for p in call["prompts"]] == [1] * len(call["prompts"])
     assert len({json.dumps(p) for call in calls for p in call["prompts"]}) == 11
 
 
@@ -243,10 +247,10 @@ def test_only_the_best_are_trained_on_with_exactly_their_tokens(tmp_path, file11
     """
     sampled = []
 
-    def sample(model, prompts, tokenizer, max_new_tokens, **shape):
-        drawn = canned_sample(model, prompts, tokenizer, max_new_tokens)
+    def sample(model, prompts, tokenizer, max_new_tokens, n, **shape):
+        drawn = canned_sample(model, prompts, tokenizer, max_new_tokens, n)
         drawn[0] = drawn[5] = [tokenizer.eos_token_id]  # empty, and to be the best by the reward below
-        sampled.extend(zip(prompts, drawn))
+        sampled.extend(zip((prompt for prompt in prompts for _ in range(n)), drawn))
         return drawn
 
     def reward(prompts, answers):
@@ -270,7 +274,7 @@ def test_only_the_best_are_trained_on_with_exactly_their_tokens(tmp_path, file11
         group = [(p, c) for p, c in sampled[i : i + 4] if c != [2]]
         kept += sorted(group, key=lambda pair: len(generate.text_after(tokenizer, *pair)))[:2]
     batch = batches.collate([{"prompt": p, "completions": [c]} for p, c in kept], 0, "rows", "cpu")
-    logits = superhf.completion_logits(model, batch)
+    logits = typo.completion_logits(model, batch)
     loss = superhf.token_terms(logits, logits.detach(), batch["targets"]).mean(0) @ torch.tensor([1.0, 0.5])
     loss.backward()
     for name, parameter in model.named_parameters():
@@ -290,7 +294,8 @@ def test_the_reference_stays_what_the_policy_began_as(tmp_path, file11, llama, m
     batches_seen, compute_loss = [], superhf.compute_loss
 
     def computing(model, batch, **numbers):
-        batches_seen.append((batch, superhf.completion_logits(model, batch).detach()))
+        ref_logits = F.linear(batch["ref_states"], *batch["ref_head"])
+        batches_seen.append((batch, typo.completion_logits(model, batch).detach(), ref_logits))
         return compute_loss(model, batch, **numbers)
 
     monkeypatch.setattr(generate, "sample", canned_sample)
@@ -300,13 +305,13 @@ def test_the_reference_stays_what_the_policy_began_as(tmp_path, file11, llama, m
     assert first["kl"] == pytest.approx(0, abs=1e-6)
     assert second["kl"] > 1e-3
     reference = model_of(llama)
-    for batch, _ in batches_seen:
+    for batch, _, ref_logits in batches_seen:
         with torch.no_grad():
-            expected = superhf.completion_logits(reference, batch)
-        torch.testing.assert_close(batch["ref_logits"], expected, rtol=0, atol=1e-5)
-    batch, policy_logits = batches_seen[-1]
-    assert (policy_logits - batch["ref_logits"]).abs().max() > 1e-2
-    log_policy, log_ref = policy_logits.log_softmax(-1), batch["ref_logits"].log_softmax(-1)
+            expected = typo.completion_logits(reference, batch)
+        torch.testing.assert_close(ref_logits, expected, rtol=0, atol=1e-5)
+    _, policy_logits, ref_logits = batches_seen[-1]
+    assert (policy_logits - ref_logits).abs().max() > 1e-2
+    log_policy, log_ref = policy_logits.log_softmax(-1), ref_logits.log_softmax(-1)
     assert second["kl"] == pytest.approx((log_ref.exp() * (log_ref - log_policy)).sum(-1).mean().item(), rel=1e-4)
 
 

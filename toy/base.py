@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from common import InputError, first_line
+from common import InputError, first_line, generate
 from common.generate import decode_completion, is_tiny, sample
 from common.metrics import auc
 from toy.world import (
@@ -37,9 +37,10 @@ FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config
 
 
 def cache_folder(seed: int) -> Path:
-    """Where the world of this seed is kept: one folder for each version of the world's code and of
-    torch."""
-    code = b"".join((Path(__file__).parent / name).read_bytes() for name in ("world.py", "base.py"))
+    """Where the world of this seed is kept: one folder for each version of the code that makes it
+    and of torch."""
+    sources = [Path(__file__).with_name("world.py"), Path(__file__), Path(generate.__file__)]
+    code = b"".join(path.read_bytes() for path in sources)
     version = hashlib.sha256(code + torch.__version__.encode()).hexdigest()[:12]
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "preference-toy"
     return root / f"{version}-seed{seed}"
@@ -128,8 +129,8 @@ def train_base(seed: int, steps: int = 900):
 
 def sample_answers(model, tokenizer, count: int, seed: int) -> list[list[str]]:
     """`count` answers to each question at temperature 1, [questions][count]."""
-    prompts = [tokenizer(prompt_of(row)).input_ids for row in questions() for _ in range(count)]
-    answers = sample(model, prompts, tokenizer, MAX_NEW_TOKENS, seed=seed, batch_size=1024)
+    prompts = [tokenizer(prompt_of(row)).input_ids for row in questions()]
+    answers = sample(model, prompts, tokenizer, MAX_NEW_TOKENS, seed=seed, n=count)
     texts = [decode_completion(tokenizer, ids) for ids in answers]
     return [texts[i : i + count] for i in range(0, len(texts), count)]
 

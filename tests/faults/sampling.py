@@ -111,8 +111,8 @@ SAMPLED = [
     Mutant(
         "superhf: the reference is the policy",
         ("superhf.py",),
-        "models.bind_forward(ref_model, completion_logits)",
-        "models.bind_forward(model, completion_logits)",
+        "models.bind_forward(ref_model, ref_columns)",
+        "models.bind_forward(model, ref_columns)",
         SUPERHF + "test_the_reference_stays_what_the_policy_began_as",
     ),
     Mutant(
