@@ -147,7 +147,7 @@ def by_rows(count: int, repeats: int) -> dict[str, float]:
         run.predict(lambda numbers: torch.zeros(2 * len(numbers)), list, rows)
 
     works = {"plan": plan, "columns": columns, "predict": predict}
-    return {name: least_seconds(work, repeats) for name, work in works.items()}
+    return {name: least_seconds(work, 4 * repeats) for name, work in works.items()}
 
 
 def by_file(count: int, repeats: int) -> dict[str, float]:
@@ -212,15 +212,18 @@ def draw(found: dict, path: Path) -> None:
     figure, grid = plt.subplots(1, len(found), figsize=(4 * len(found), 3.8), layout="constrained")
     for axes, (name, lines) in zip(grid, found.items()):
         sizes = lines["sizes"]
-        top = max(value for seconds in lines["cpu_seconds"].values() for value in seconds)
+        values = [value for seconds in lines["cpu_seconds"].values() for value in seconds]
+        top, bottom = max(values), min(values)
         for slope in (1, 2):
             guide = [top * (size / sizes[-1]) ** slope for size in sizes]
             axes.plot(sizes, guide, color="0.8", linestyle=":", zorder=0)
-            axes.annotate(f"slope {slope}", (sizes[0], guide[0]), color="0.5", fontsize=8)
+            place = next(i for i, value in enumerate(guide) if value >= bottom)
+            axes.annotate(f"slope {slope}", (sizes[place], guide[place]), color="0.5", fontsize=8)
         for (part, seconds), (color, style, mark) in zip(lines["cpu_seconds"].items(), looks):
             label = f"{part} ({lines['exponents'][part]:.2f})"
             axes.plot(sizes, seconds, color=color, linestyle=style, marker=mark, markersize=4, label=label)
         axes.set(xscale="log", yscale="log", xlabel=GROWTH[name][3], ylabel="CPU seconds, one thread")
+        axes.set_ylim(bottom / 1.6, 1.6 * top)
         axes.set_xticks(sizes, [f"{size:,}" for size in sizes], rotation=45)
         axes.minorticks_off()
         axes.legend(title="exponent in brackets", fontsize=8, title_fontsize=8)
