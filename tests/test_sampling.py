@@ -253,7 +253,7 @@ def test_greedy_is_what_generate_says(kind, many_kinds):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_completion_does_not_depend_on_its_company(kind, many_kinds, monkeypatch):
-    """Its random numbers are its own: neither the size of batches nor what else is sampled matters."""
+    """Its random numbers are its own: neither the size of batches nor its company matters."""
     model, prompts = many_kinds[kind], prompts_of_many_lengths()
     expected = generate.sample(model, prompts, ENDS, 12, top_p=0.9, seed=4, n=3)
     assert len({tuple(ids) for ids in expected}) > 20
