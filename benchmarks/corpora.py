@@ -61,7 +61,7 @@ def write_corpus(path: Path, size: int, seed: int = 0) -> None:
             paragraphs = source.split("\n\n\n")
             rng.shuffle(paragraphs)
             text = f"# {rng.random()}\n" + "\n\n\n".join(paragraphs)
-            text = text[: min(size - total, 40_000)]
+            text = text[: min(size - total, 40_000, size // 10)]
             total += len(text)
             file.write(json.dumps({"text": text}) + "\n")
 
