@@ -57,12 +57,11 @@ def save_model(model, tokenizer, folder: Path, merge: bool = False) -> None:
         state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         kept = {name for pairs in (model.named_parameters(), model.named_buffers()) for name, _ in pairs}
         state = {name: value for name, value in state.items() if name in kept}  # tied weights are written once
-    is_adapter = hasattr(model, "adapter")
-    if is_main_process() and is_adapter and not merge:
+    if is_main_process() and hasattr(model, "adapter") and not merge:
         lora.save_adapter(model, state or model.state_dict(), folder)
         tokenizer.save_pretrained(folder)
     elif is_main_process():
-        state = lora.merged_state(model, state or model.state_dict()) if is_adapter else state
+        state = lora.merged_state(model, state or model.state_dict()) if hasattr(model, "adapter") else state
         model.save_pretrained(folder, state_dict=state)
         path = folder / "config.json"
         config = json.loads(path.read_text())
