@@ -71,11 +71,12 @@ def has_adapter(folder: str | Path) -> bool:
 def base_folder(folder: str, resolve) -> str:
     """The folder of the weights that an adapter belongs to, or the folder itself.
 
-    resolve: name -> local folder, of `common.models`."""
+    resolve: `common.models.resolve_model`, name -> local folder."""
     if not has_adapter(folder):
         return folder
-    name = read_settings(folder)["base_model_name_or_path"]
-    base = resolve(name, flag=f"{Path(folder) / CONFIG}, base_model_name_or_path")
+    settings = read_settings(folder)
+    name, where = settings["base_model_name_or_path"], f"{Path(folder) / CONFIG}, base_model_name_or_path"
+    base = resolve(name, flag=where, revision=settings.get("revision"))
     if has_adapter(base):
         raise InputError(f"{Path(folder) / CONFIG}: its base {name} is an adapter too; expected a whole model.")
     return base

@@ -17,7 +17,7 @@ UNLIMITED = 1 << 30  # positions, where a configuration names no limit
 PINNED: dict[str, str | None] = {}  # hub id -> the revision that a resumed run began with
 
 
-def resolve_model(name: str, seed: int = 0, flag: str = "--model") -> str:
+def resolve_model(name: str, seed: int = 0, flag: str = "--model", revision: str | None = None) -> str:
     """A local folder for `toy`, a folder, or a hub id, which is downloaded."""
     if name == "toy":
         from toy import base
@@ -36,7 +36,8 @@ def resolve_model(name: str, seed: int = 0, flag: str = "--model") -> str:
     if files and not any(file.rfilename.endswith(".safetensors") for file in files):
         weights = ["*.bin"]
     wanted = {"allow_patterns": ["*.json", "*.txt", "*.model", "*.jinja", *weights], "ignore_patterns": ["*/*"]}
-    return huggingface_hub.snapshot_download(name, revision=PINNED.get(name), **wanted, local_files_only=offline)
+    revision = revision or PINNED.get(name)
+    return huggingface_hub.snapshot_download(name, revision=revision, **wanted, local_files_only=offline)
 
 
 def load_tokenizer(folder: str, chat_template: str | None = None):

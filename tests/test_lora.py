@@ -433,6 +433,22 @@ def test_an_adapter_that_does_not_fit_or_has_no_base_is_refused(peft, tmp_path, 
         model_of(start)
 
 
+def test_the_base_is_taken_at_the_revision_that_was_trained_on(peft, tmp_path, llama):
+    """As a download of the hub's lies in its cache, with the revision in its path."""
+    snapshot = tmp_path / "models--org--base" / "snapshots" / "0a1b2c"
+    shutil.copytree(llama, snapshot)
+    model = lora.add_adapter(model_of(snapshot), RANK, "org/base", str(snapshot))
+    lora.save_adapter(model, model.state_dict(), tmp_path / "adapter")
+    asked = []
+
+    def resolve(name, flag, revision):
+        asked.append((name, revision))
+        return str(snapshot)
+
+    assert lora.base_folder(str(tmp_path / "adapter"), resolve) == str(snapshot)
+    assert asked == [("org/base", "0a1b2c")]
+
+
 def test_hashes_of_an_adapter_are_of_its_base_too(first, folder, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(folder, other)
