@@ -48,16 +48,18 @@ WHOLE = 585
 class Args:
     parts: tuple[str, ...] = tuple(PARTS)
     """Which parts: rate, tests, scripts, pretrain, sampling, pairs."""
+    scripts: tuple[str, ...] = ()
+    """Scripts of the part scripts, without .py; none: all of them."""
     tiny: bool = False
     """Tiny models and few steps, on a CPU too; no file unless --output names one."""
     output: Path | None = None
     """File for the results; None: benchmarks/results/gpu-<device>.json."""
 
 
-def run_part(name: str, tiny: bool, limit: float) -> dict:
+def run_part(name: str, flags: list[str], limit: float) -> dict:
     """One part in a process of its own: its JSON lines, its seconds, and what went wrong."""
     environment = dict(os.environ, HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1")
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu_parts", name, *(["--tiny"] if tiny else [])]
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu_parts", name, *flags]
     started = time.perf_counter()
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         places = {"cwd": FOLDER.parent, "env": environment, "stdout": out, "stderr": err}
@@ -100,12 +102,13 @@ def main(args: Args) -> int:
         "tiny": args.tiny,
         "parts": {},
     }
+    flags = ["--tiny"] * args.tiny + (["--scripts", *args.scripts] if args.scripts else [])
     started = time.perf_counter()
     for name in args.parts:
         patience = 3 if args.tiny else 1  # a CPU that others use, too
         left = patience * WHOLE - (time.perf_counter() - started)
         limit = min(left, patience * PARTS[name])
-        part = run_part(name, args.tiny, limit) if left > 5 else {"seconds": 0.0, "lines": [], "error": "no time left"}
+        part = run_part(name, flags, limit) if left > 5 else {"seconds": 0.0, "lines": [], "error": "no time left"}
         report["parts"][name] = part
         print(f"\n{name}: {part['seconds']} s" + (f"; FAILED: {part['error']}" if "error" in part else ""))
         for line in part["lines"]:

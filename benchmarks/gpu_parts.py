@@ -118,11 +118,11 @@ def tests(tiny: bool) -> None:
         raise SystemExit(process.stdout[-2000:] + process.stderr[-2000:])
 
 
-def scripts(tiny: bool) -> None:
-    """Every script for a few steps on the toy, in bfloat16."""
+def scripts(tiny: bool, names: list[str]) -> None:
+    """These scripts for a few steps on the toy, in bfloat16."""
     steps = 1 if tiny else 3
     with tempfile.TemporaryDirectory() as folder:
-        for name in SCRIPTS:
+        for name in names:
             module, started = importlib.import_module(name), time.perf_counter()
             fields = module.Args.__dataclass_fields__
             wanted = {"name": name, "output_dir": folder, "dtype": "bfloat16", "max_steps": steps, "log_every": 1}
@@ -321,9 +321,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("part", choices=("rate", "tests", "scripts", "pretrain", "sampling", "pairs"))
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--scripts", nargs="+", choices=SCRIPTS, default=SCRIPTS)
     given = parser.parse_args()
     if not CUDA:
         torch.set_num_threads(1)  # tiny models: several threads would wait for each other
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    globals()[given.part](given.tiny)
+    parts = {"rate": rate, "tests": tests, "scripts": partial(scripts, names=given.scripts), "pretrain": pretrain}
+    (parts | {"sampling": sampling, "pairs": pairs})[given.part](given.tiny)
