@@ -196,8 +196,14 @@ def test_no_prompts_no_answers(bigram):
 @pytest.fixture(scope="module")
 def many_kinds():
     """A model of each kind of cache: all tokens, a sliding window in some layers or all, states."""
-    from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Mamba2Config, MistralConfig
-    from transformers import Qwen3NextConfig
+    from transformers import (
+        AutoModelForCausalLM,
+        Gemma3TextConfig,
+        LlamaConfig,
+        Mamba2Config,
+        MistralConfig,
+        Qwen3NextConfig,
+    )
 
     shape = {"vocab_size": 80, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.2}
@@ -247,7 +253,7 @@ def test_greedy_is_what_generate_says(kind, many_kinds):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_completion_does_not_depend_on_its_company(kind, many_kinds, monkeypatch):
-    """Its random numbers are its own: neither the size of batches nor what else is sampled matters."""
+    """Its random numbers are its own: neither batches nor what else is sampled count."""
     model, prompts = many_kinds[kind], prompts_of_many_lengths()
     expected = generate.sample(model, prompts, ENDS, 12, top_p=0.9, seed=4, n=3)
     assert len({tuple(ids) for ids in expected}) > 20
@@ -319,8 +325,8 @@ def test_a_token_of_probability_0_is_never_drawn():
 
 
 def test_rare_tokens_of_a_large_vocabulary_keep_their_odds():
-    """Of 150,000 tokens the last 100,000 have 1e-9 each: numbers from 0 to 1 in even steps find the
-    token that the exact cumulative sum says, so no rounding of the sum or of the numbers shows.
+    """Of 150,000 tokens the last 100,000 have 1e-9 each: even steps from 0 to 1 find the token that
+    the exact cumulative sum says, so no rounding of the sum or of the numbers shows.
     """
     exact = torch.full((150_000,), 1e-9, dtype=torch.float64)
     exact[:50_000] = (1 - 1e-4) / 50_000
