@@ -17,10 +17,9 @@ def sample(
     """`n` completions of each prompt, side by side, as token ids that end in EOS unless cut.
 
     The arguments alone shape the distribution, not the checkpoint's generation_config: temperature
-    0 is greedy; `banned_ids` are never sampled, the others share their probability. Each completion
-    has its own random numbers: but for rounding it depends neither on the rows beside it nor, for
-    prompts of `shard_items`, on the number of processes, which call with the same seed and as many
-    prompts. The caller's random numbers are untouched."""
+    0 is greedy; `banned_ids` are never sampled, the others share their probability. A completion's
+    random numbers are its own: but for rounding it depends neither on the rows beside it nor, for
+    prompts of `shard_items`, on the number of processes, all called alike. The caller's stay."""
     from tqdm import tqdm
 
     world, generator = processes.world_size(), torch.Generator().manual_seed(seed)
