@@ -16,11 +16,10 @@ def sample(
 ) -> list[list[int]]:
     """`n` completions of each prompt, side by side, as token ids that end in EOS unless cut.
 
-    The arguments alone shape the distribution: the checkpoint's generation_config is not read.
-    temperature 0 is greedy; `banned_ids` are never sampled, the others share their probability.
-    Each completion has its own random numbers: but for rounding it depends neither on the rows
-    beside it nor, where `shard_items` gave the prompts, on the number of processes; all call with
-    the same seed and number of prompts. The caller's random numbers are untouched."""
+    The arguments alone shape the distribution, not the checkpoint's generation_config: temperature
+    0 is greedy; `banned_ids` are never sampled, the others share their probability. A completion's
+    random numbers are its own: but for rounding it depends neither on the rows beside it nor, for
+    prompts of `shard_items`, on the number of processes, all called alike. The caller's stay."""
     from tqdm import tqdm
 
     world, generator = processes.world_size(), torch.Generator().manual_seed(seed)
@@ -48,9 +47,8 @@ def sample(
 
 
 def complete(model, prompts, tokenizer, uniforms: torch.Tensor, pick, bar) -> list[list[int]]:
-    """A completion of each prompt in one batch, in which equal prompts are read once and which rows
-    leave as they end; `pick(logits, uniforms)` picks their tokens.
-    """
+    """A completion of each prompt, in a batch that reads equal ones once and that ended rows leave;
+    `pick(logits, uniforms)` picks their tokens."""
     device, eos = next(model.parameters()).device, tokenizer.eos_token_id
     distinct = {prompt: line for line, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
     # The completions that go on, and the line of each in the last forward pass.
@@ -82,15 +80,12 @@ def complete(model, prompts, tokenizer, uniforms: torch.Tensor, pick, bar) -> li
 
 def next_logits(model, ids: torch.Tensor, mask: torch.Tensor, cache: dict) -> tuple[torch.Tensor, dict]:
     """Logits [lines, vocabulary] of the token after `ids`, and the cache by its argument's name: {}
-    of a model whose cache is of another kind, which computes all anew for each token.
-    """
+    of a model whose cache is of another kind, which computes all anew for each token."""
     from transformers import Cache
 
-    inputs = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0), "input_ids": ids}
-    if cache:
-        inputs = {name: values[:, -1:] for name, values in inputs.items()}
-    inputs |= cache | {"attention_mask": mask, "use_cache": True, "logits_to_keep": 1}
-    known = inspect.signature(model.forward).parameters
+    positions, new = (mask.cumsum(-1) - 1).clamp(min=0), slice(-1 if cache else None, None)
+    inputs = {"input_ids": ids[:, new], "position_ids": positions[:, new], "attention_mask": mask} | cache
+    known, inputs = inspect.signature(model.forward).parameters, inputs | {"use_cache": True, "logits_to_keep": 1}
     output = model(**{name: value for name, value in inputs.items() if name in known})
     name = "cache" if "cache" in output else "past_key_values"  # its name in older transformers
     return output.logits[:, -1], {name: output[name]} if isinstance(output.get(name), Cache) else {}
@@ -98,11 +93,9 @@ def next_logits(model, ids: torch.Tensor, mask: torch.Tensor, cache: dict) -> tu
 
 def draw(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float, top_p: float, banned_ids) -> torch.Tensor:
     """A token for each line of logits [lines, vocabulary]: the first whose cumulative probability
-    is above the line's number of `uniforms`, float64 in [0, 1). One of probability 0 never is.
-    """
+    is above the line's number of `uniforms`, float64 in [0, 1). One of probability 0 never is."""
     logits = logits.float()
-    if banned_ids:
-        logits[:, banned_ids] = float("-inf")
+    logits[:, banned_ids] = float("-inf")
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits / temperature if top_p == 1 else nucleus(logits / temperature, top_p)
@@ -116,9 +109,8 @@ def draw(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float, top_p
 
 def nucleus(logits: torch.Tensor, top_p: float, top: int = 512) -> torch.Tensor:
     """Logits [lines, vocabulary], -inf but at the fewest tokens, the likeliest ones, that together
-    have probability top_p; of equal ones the larger ids.
-
-    The `top` likeliest are sorted, and a whole line where those do not tell."""
+    have probability top_p; of equal ones the larger ids. The `top` likeliest are sorted, and a
+    whole line where those do not tell."""
     top = min(top, logits.shape[-1])
     ids = logits.topk(min(top, logits.shape[-1]), sorted=False).indices.sort(descending=True).values
     ranked, order = logits.gather(-1, ids).sort(descending=True, stable=True)  # of equal ones the larger id first
@@ -147,9 +139,7 @@ def is_tiny(model) -> bool:
 
 def samples_at_once(model) -> int:
     """How many completions are sampled in one batch: more of a tiny model, and on a GPU."""
-    if is_tiny(model):
-        return 512
-    return 256 if next(model.parameters()).device.type == "cuda" else 64
+    return 512 if is_tiny(model) else 256 if next(model.parameters()).device.type == "cuda" else 64
 
 
 def decode_completion(tokenizer, completion: list[int]) -> str:
@@ -160,9 +150,7 @@ def decode_completion(tokenizer, completion: list[int]) -> str:
 
 def text_after(tokenizer, prompt: list[int], completion: list[int]) -> str:
     """The text that a completion adds to its prompt, its EOS left out: with the white space between
-    them, which decoding it alone can lose.
-
-    A reward model must read prompt + answer as it read them in training."""
+    them, which decoding it alone can lose and which a reward model reads."""
     ids = completion[:-1] if completion and completion[-1] == tokenizer.eos_token_id else completion
     before, whole, alone = (
         tokenizer.decode(x, skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -139,3 +139,18 @@ def test_a_tiny_corpus_is_prepared_and_measured(tmp_path):
     assert result["kept_bytes"] > 20_000  # the texts, and more
     assert result["training_peak_bytes"] > 1 << 20
     assert result["perplexity"] > 1
+
+
+def test_sampling_is_timed_against_generate(tmp_path):
+    command = [sys.executable, "benchmarks/sampling.py", "--tiny", "--output", str(tmp_path / "out.json")]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert {"command", "commit", "date", "machine", "threads", "versions"} <= report.keys()
+    assert [entry["top_p"] for entry in report["sampling"]] == [0.95, 1.0]
+    for entry in report["sampling"]:
+        for system in ("before", "after"):
+            (run,) = entry["runs"][system]
+            assert run["completions"] == 8
+            assert run["tokens"] <= 8 * 4
+            assert entry["a_second"][system]["tokens"] == pytest.approx(run["tokens"] / run["seconds"])

@@ -325,8 +325,8 @@ def test_a_token_of_probability_0_is_never_drawn():
 
 
 def test_rare_tokens_of_a_large_vocabulary_keep_their_odds():
-    """Of 150,000 tokens the last 100,000 have 1e-9 each: numbers from 0 to 1 in even steps find the
-    token that the exact cumulative sum says, so no rounding of the sum or of the numbers shows.
+    """Of 150,000 tokens the last 100,000 have 1e-9 each: even steps from 0 to 1 find the token that
+    the exact cumulative sum says, so no rounding of the sum or of the numbers shows.
     """
     exact = torch.full((150_000,), 1e-9, dtype=torch.float64)
     exact[:50_000] = (1 - 1e-4) / 50_000

@@ -4,11 +4,13 @@ processes.
 
 import json
 import math
+import traceback
 
 import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import superhf
 import typo
@@ -313,6 +315,43 @@ def test_the_reference_stays_what_the_policy_began_as(tmp_path, file11, llama, m
     assert (policy_logits - ref_logits).abs().max() > 1e-2
     log_policy, log_ref = policy_logits.log_softmax(-1), ref_logits.log_softmax(-1)
     assert second["kl"] == pytest.approx((log_ref.exp() * (log_ref - log_policy)).sum(-1).mean().item(), rel=1e-4)
+
+
+class DeviceReads(TorchDispatchMode):
+    """Counts how often a number is read out of a tensor: a GPU then waits for all work so far.
+
+    transformers looks at each mask once to see whether it pads; that is not counted."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default:
+            files = [frame.filename for frame in traceback.extract_stack()]
+            self.count += not any(name.endswith("masking_utils.py") for name in files)
+        return function(*args, **(kwargs or {}))
+
+
+@both_scripts
+def test_no_number_is_read_for_each_micro_batch(script, tmp_path, file11, llama, monkeypatch):
+    """A step in many micro-batches reads as many numbers from the device as a step in one."""
+    module, counts = __import__(script), []
+    update = module.update
+
+    def counted(*args):
+        with DeviceReads() as reads:
+            norm = update(*args)
+        counts.append(reads.count)
+        return norm
+
+    monkeypatch.setattr(generate, "sample", canned_sample)
+    monkeypatch.setattr(module, "update", counted)
+    for name, size in (("one", 64), ("many", 2)):
+        given = {"model": llama, "data": file11, "max_steps": 1, "batch_size": 8, "micro_batch_size": size}
+        train(script, tmp_path / name, **{**QUICK, **given})
+    assert len(set(counts)) == 1
+    with DeviceReads() as reads:  # it does see one
+        torch.ones(1).item()
+    assert reads.count == 1
 
 
 @both_scripts

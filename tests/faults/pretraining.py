@@ -349,8 +349,8 @@ EVALUATION = [
     Mutant(
         "banned tokens sampled",
         ("common/generate.py",),
-        "    if banned_ids:\n",
-        "    if False:\n",
+        '    logits[:, banned_ids] = float("-inf")\n',
+        "",
         SAMPLES + "test_banned_tokens_are_never_sampled_and_the_others_keep_their_odds",
     ),
     Mutant(
