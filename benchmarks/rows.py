@@ -2,7 +2,7 @@
 
     python -m benchmarks.rows --rows 100000 --tokenizer gpt2
 
-writes made rows (questions and answers of random words, about a hundred tokens each) to a temporary
+writes made rows (questions and answers of random words, about 120 and 75 tokens) to a temporary
 folder, then reads them in new processes: as rows in memory, as rows that are tokenised and kept,
 and once more as rows that are there. Prints a line of JSON for each: CPU seconds, its children's
 included, seconds, peak and remaining memory in MB (`Pss`: pages of the memory map count where they
