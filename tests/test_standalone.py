@@ -30,7 +30,7 @@ class Blocked:
     """Finds nothing of what the script could have beside it, loudly."""
 
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("common", "toy", "labelled", "rewards", "pretraining", "report", "datasets"):
+        if name.split(".")[0] in ("adapters", "common", "toy", "labelled", "rewards", "pretraining", "report", "datasets"):
             raise ImportError(f"{name} is blocked in this test")
 
 
