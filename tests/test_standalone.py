@@ -30,7 +30,8 @@ class Blocked:
     """Finds nothing of what the script could have beside it, loudly."""
 
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("common", "toy", "labelled", "rewards", "pretraining", "report", "datasets"):
+        ours = ("adapters", "common", "toy", "labelled", "rewards", "pretraining", "report")
+        if name.split(".")[0] in (*ours, "datasets"):
             raise ImportError(f"{name} is blocked in this test")
 
 
