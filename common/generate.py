@@ -112,7 +112,7 @@ def nucleus(logits: torch.Tensor, top_p: float, top: int = 512) -> torch.Tensor:
     have probability top_p; of equal ones the larger ids. The `top` likeliest are sorted, and
     more where those do not tell."""
     top = min(top, logits.shape[-1])
-    ids = logits.topk(min(top, logits.shape[-1]), sorted=False).indices.sort(descending=True).values
+    ids = logits.topk(top, sorted=False).indices.sort(descending=True).values
     ranked, order = logits.gather(-1, ids).sort(descending=True, stable=True)  # of equal ones the larger id first
     probabilities = (ranked - logits.logsumexp(-1, keepdim=True)).double().exp()
     is_kept = probabilities.cumsum(-1) - probabilities < top_p  # those before it do not have top_p yet
