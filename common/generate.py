@@ -109,10 +109,10 @@ def draw(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float, top_p
 
 def nucleus(logits: torch.Tensor, top_p: float, top: int = 512) -> torch.Tensor:
     """Logits [lines, vocabulary], -inf but at the fewest tokens, the likeliest ones, that together
-    have probability top_p; of equal ones the larger ids. The `top` likeliest are sorted, and a
-    whole line where those do not tell."""
+    have probability top_p; of equal ones the larger ids. The `top` likeliest are sorted, and
+    more where those do not tell."""
     top = min(top, logits.shape[-1])
-    ids = logits.topk(min(top, logits.shape[-1]), sorted=False).indices.sort(descending=True).values
+    ids = logits.topk(top, sorted=False).indices.sort(descending=True).values
     ranked, order = logits.gather(-1, ids).sort(descending=True, stable=True)  # of equal ones the larger id first
     probabilities = (ranked - logits.logsumexp(-1, keepdim=True)).double().exp()
     is_kept = probabilities.cumsum(-1) - probabilities < top_p  # those before it do not have top_p yet
@@ -120,7 +120,7 @@ def nucleus(logits: torch.Tensor, top_p: float, top: int = 512) -> torch.Tensor:
     kept = torch.full_like(logits, float("-inf")).scatter_(-1, ids.gather(-1, order), kept)
     unsure = (is_kept & (ranked == ranked[:, -1:])).any(-1)  # tokens that were not looked at may belong to it
     if top < logits.shape[-1] and unsure.any():
-        kept[unsure] = nucleus(logits[unsure], top_p, logits.shape[-1])
+        kept[unsure] = nucleus(logits[unsure], top_p, 16 * top)
     return kept
 
 
