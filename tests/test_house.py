@@ -23,13 +23,13 @@ def changed(path: Path, old: str, new: str) -> int:
 
 @pytest.fixture
 def copy(tmp_path) -> Path:
-    """A repository with dpo.py, common/, the tool, and a throw-away sibling whose docstring and
+    """A repository with dpo.py, its packages, the tool, and a throw-away sibling whose docstring and
     regions are its own.
     """
     root = tmp_path / "copy"
     root.mkdir()
     shutil.copyfile(house.ROOT / "dpo.py", root / "dpo.py")
-    for package in ("common", "toy", "report"):
+    for package in ("common", "toy", "report", "judging"):
         shutil.copytree(house.ROOT / package, root / package, ignore=shutil.ignore_patterns("__pycache__"))
     (root / "tests").mkdir()
     shutil.copyfile(house.ROOT / "tests" / "house.py", root / "tests" / "house.py")
