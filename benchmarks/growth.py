@@ -106,7 +106,7 @@ def step_of(model, rows: list[dict], ready: dict | None = None):
 
 def by_length(length: int, repeats: int) -> dict[str, float]:
     """A step on one pair of so many tokens: whole, its batch with the mask, and the rest."""
-    rows = random_rows((length // 2, length // 4), VOCABULARY, 1)
+    rows = random_rows((length // 2, length // 4, length // 4), VOCABULARY, 1)
     rest = least_seconds(step_of(build(VOCABULARY, "none"), rows, batch_of(rows)), repeats)
     whole = least_seconds(step_of(build(VOCABULARY), rows), repeats)
     collate = least_seconds(partial(batch_of, rows), repeats)
@@ -118,12 +118,14 @@ def by_length(length: int, repeats: int) -> dict[str, float]:
 
 def by_batch(pairs: int, repeats: int) -> dict[str, float]:
     """A step on so many pairs of 128 tokens."""
-    return {"whole step": least_seconds(step_of(build(VOCABULARY), random_rows((64, 32), VOCABULARY, pairs)), repeats)}
+    return {
+        "whole step": least_seconds(step_of(build(VOCABULARY), random_rows((64, 32, 32), VOCABULARY, pairs)), repeats)
+    }
 
 
 def by_vocabulary(words: int, repeats: int) -> dict[str, float]:
     """A step on two pairs of 128 tokens with so many embeddings."""
-    return {"whole step": least_seconds(step_of(build(words), random_rows((64, 32), words, 2)), repeats)}
+    return {"whole step": least_seconds(step_of(build(words), random_rows((64, 32, 32), words, 2)), repeats)}
 
 
 def by_rows(count: int, repeats: int) -> dict[str, float]:

@@ -92,6 +92,19 @@ def optimizer_of(model):
     return torch.optim.AdamW(groups, lr=LR, weight_decay=0.1, fused=True)
 
 
+class InMemory:
+    """Chunks of tokens [chunks, context] as `pretraining.chunks.Chunks` gives them, with scores of
+    0.
+    """
+
+    def __init__(self, ids: torch.Tensor):
+        self.ids = ids
+
+    def __getitem__(self, numbers: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = self.ids[numbers]
+        return ids, torch.zeros(ids.shape)
+
+
 def run_ours(size: str, chunks: torch.Tensor, clock: Clock) -> None:
     """mle_pretrain.main's loop over these chunks."""
     import mle_pretrain
@@ -105,7 +118,7 @@ def run_ours(size: str, chunks: torch.Tensor, clock: Clock) -> None:
         model = make_model(size)
         run.prepare(model, dynamic=None)
         run.pin_sources("", "")
-        batch = partial(batch_of, {"train": chunks}, {"train": torch.zeros(chunks.shape)}, {}, run.device, "train")
+        batch = partial(batch_of, {"train": InMemory(chunks)}, {}, run.device, "train")
         optimizer = optimizer_of(model)
         for step, numbers_of_step in run.steps(torch.arange(len(chunks)).view(steps, BATCH).tolist()):
             for group in optimizer.param_groups:

@@ -8,7 +8,7 @@ import torch
 from chat import messages, templates
 from common import InputError, data, evaluate, fields, oracle
 from common import models as model_loading
-from judging import scores
+from judging import command, scores
 from labelled import rows as labelled_rows
 from rewards import models as reward_models
 from rewards import prompts as rewards_prompts
@@ -392,8 +392,8 @@ def test_a_reward_model_reads_strings_as_it_was_trained_to(trained, policy, chat
 def evaluate_rows(folder, rows, model, **changes) -> list[dict]:
     """The lines that the command writes."""
     output = folder / f"scores-{len(list(folder.iterdir()))}.jsonl"
-    args = evaluate.Args(model=model, data=lines_file(folder, rows), output=str(output), **changes)
-    evaluate.main(args)
+    args = command.Args(model=model, data=lines_file(folder, rows), output=str(output), **changes)
+    command.main(args)
     return [json.loads(line) for line in output.read_text().splitlines()]
 
 

@@ -299,6 +299,7 @@ def test_a_run_is_a_causal_lm_and_a_reward_model(kind, request, tmp_path, file13
     run = train("dph", tmp_path / "run", model=base, data=file13, max_length=128)
     tokenizer = AutoTokenizer.from_pretrained(run)
     lm = AutoModelForCausalLM.from_pretrained(run).eval()
+    pad_id = lm.config.pad_token_id  # a word that pads is no special token of the tokenizer
     judge = AutoModelForSequenceClassification.from_pretrained(run, num_labels=1).eval()
     assert AutoConfig.from_pretrained(run).num_labels == 1  # for those who do not say so when they load it
     examples = toy_examples(str(run))
@@ -306,9 +307,7 @@ def test_a_run_is_a_causal_lm_and_a_reward_model(kind, request, tmp_path, file13
     head = safetensors.torch.load_file(run / "model.safetensors")["score.weight"]
     model = dph.add_head(model_loading.load_model(str(run), "cpu"), {"score.weight": head}).eval()
     with torch.no_grad():
-        logps, rewards = dph.logps_and_rewards(
-            model, batches.collate(examples, tokenizer.pad_token_id, "shared", "cpu")
-        )
+        logps, rewards = dph.logps_and_rewards(model, batches.collate(examples, pad_id, "shared", "cpu"))
         alone = torch.cat([judge(torch.tensor([p + c])).logits[:, 0] for p, c in sequences])
         tokenizer.padding_side = "right"
         padded = tokenizer.pad({"input_ids": [p + c for p, c in sequences]}, return_tensors="pt")
@@ -318,7 +317,7 @@ def test_a_run_is_a_causal_lm_and_a_reward_model(kind, request, tmp_path, file13
     torch.testing.assert_close(alone, rewards, atol=1e-5, rtol=0)
     torch.testing.assert_close(together, rewards, atol=1e-5, rtol=0)
     # Texts of bytes are long: at 500 nats, neighbouring float32 numbers are 3e-5 apart.
-    torch.testing.assert_close(oracle.plain_logps(lm, sequences, tokenizer.pad_token_id), logps, atol=1e-4, rtol=1e-6)
+    torch.testing.assert_close(oracle.plain_logps(lm, sequences, pad_id), logps, atol=1e-4, rtol=1e-6)
 
 
 def test_a_second_run_goes_on_with_the_head(tmp_path, file13, llama):

@@ -83,8 +83,8 @@ def test_the_exponent_is_that_of_the_power():
 
 def test_attention_left_out_keeps_all_weights_in_use():
     model = growth.build(512, "none")
-    growth.step_of(model, growth.random_rows((8, 4), 512, 2))()  # zeroes gradients at its end
-    loss, _ = growth.dpo.compute_loss(model, growth.batch_of(growth.random_rows((8, 4), 512, 2)), 0.1)
+    growth.step_of(model, growth.random_rows((8, 4, 4), 512, 2))()  # zeroes gradients at its end
+    loss, _ = growth.dpo.compute_loss(model, growth.batch_of(growth.random_rows((8, 4, 4), 512, 2)), 0.1)
     loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 

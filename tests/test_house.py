@@ -23,8 +23,8 @@ def changed(path: Path, old: str, new: str) -> int:
 
 @pytest.fixture
 def copy(tmp_path) -> Path:
-    """A repository with dpo.py, its packages, the tool, and a throw-away sibling whose docstring and
-    regions are its own.
+    """A repository with dpo.py, its packages, the tool, and a throw-away sibling with a docstring
+    and regions of its own.
     """
     root = tmp_path / "copy"
     root.mkdir()

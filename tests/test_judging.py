@@ -61,29 +61,30 @@ def head_run(toy_base, tmp_path):
     return train("dph", tmp_path / "dph", model=str(toy_base), max_steps=5, lr=1e-2, kl_samples=0)
 
 
-def test_the_head_picks_the_largest_reward(head_run, prompts, tmp_path):
-    """Rewards as `--data` gives them for the same texts, where they end in EOS."""
+def test_the_head_picks_the_largest_reward(head_run, prompts, tmp_path, monkeypatch):
+    """Rewards as a sequence-classification loader gives them for the sampled tokens."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    sample, sampled = answers.sample, []
+
+    def sample_and_keep(*words, **more):
+        sampled.extend(sample(*words, **more))
+        return sampled
+
+    monkeypatch.setattr(answers, "sample", sample_and_keep)
     lines = ask(head_run, prompts, tmp_path / "answers.jsonl", best_of=4, max_new_tokens=24)
-    pairs = []
-    for line in (line for line in lines if "answers" in line):
-        assert len(line["answers"]) == len(line["rewards"]) == 4
+    tokenizer = AutoTokenizer.from_pretrained(head_run)
+    judge = AutoModelForSequenceClassification.from_pretrained(head_run, num_labels=1).eval()
+    answered = [line for line in lines if "answers" in line]
+    assert len(sampled) == 4 * len(answered) == 20
+    for i, line in enumerate(answered):
+        prompt = tokenizer(line["prompt"]).input_ids
+        with torch.no_grad():
+            expected = [judge(torch.tensor([prompt + ids])).logits.item() for ids in sampled[4 * i : 4 * i + 4]]
+        assert line["rewards"] == pytest.approx(expected, abs=1e-4)
         assert line["rewards"][line["picked"]] == max(line["rewards"])
-        best, other = line["picked"], min(range(4), key=line["rewards"].__getitem__)
-        pairs.append((line, best, other))
-    assert len({line["picked"] for line, *_ in pairs}) > 1 or len(pairs) == 1
-    rows = [
-        {"prompt": line["prompt"], "chosen": " " + line["answers"][best], "rejected": " " + line["answers"][other]}
-        for line, best, other in pairs
-        if line["answers"][best] != line["answers"][other]
-    ]
-    assert rows
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command.main(
-        command.Args(model=str(head_run), data=str(tmp_path / "rows.jsonl"), output=str(tmp_path / "scores.jsonl"))
-    )
-    scores = read_lines(tmp_path / "scores.jsonl")
-    expected = [line["rewards"][best] for line, best, other in pairs if line["answers"][best] != line["answers"][other]]
-    assert [score["chosen_reward"] for score in scores] == pytest.approx(expected, abs=1e-4)
+        assert max(expected) - min(expected) > 1e-3
+    assert len({line["picked"] for line in answered}) > 1
 
 
 def test_an_interrupted_command_goes_on_where_it_stopped(toy_base, prompts, tmp_path, monkeypatch):

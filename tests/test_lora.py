@@ -14,6 +14,7 @@ from adapters import lora
 from common import InputError, data, evaluate, oracle
 from common import models as model_loading
 from common.run import Run
+from judging import command
 from rewards import models as reward_models
 from tests import models
 from tests.runs import (
@@ -312,7 +313,7 @@ def test_the_head_of_dph_is_saved_and_scores_alike(merge, peft, tmp_path, file13
 
     run = train("dph", tmp_path / "run", model=folder, data=file13, lora_rank=RANK, epochs=4, merge=merge, n=2)
     output = tmp_path / "scores.jsonl"
-    evaluate.main(evaluate.Args(model=str(run), data=held_file, output=str(output)))
+    command.main(command.Args(model=str(run), data=held_file, output=str(output)))
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert all("chosen_reward" in line for line in lines)  # the folder has a head
     chosen, rejected = ([line[f"{side}_reward"] for line in lines] for side in ("chosen", "rejected"))

@@ -120,7 +120,7 @@ def test_every_phase_has_its_bar(bars, tmp_path, file13, llama):
 
 def test_the_first_lines_name_data_model_and_numbers(tmp_path, file13, llama, capsys):
     train("dpo", tmp_path / "run", model=llama, data=file13, max_steps=1, holdout=0.3, lr=0.003)
-    first, second, third, fourth, *_ = capsys.readouterr().out.splitlines()
+    first, third, fourth, second, *_ = capsys.readouterr().out.splitlines()
     assert first == f"dpo.py: model {llama}, data {file13}, learning rate 0.003, cpu."
     count = sum(p.numel() for p in models.tiny_llama(vocabulary_of(llama)).parameters())
     assert second.startswith(f"LlamaForCausalLM of {count:,} parameters, weights float32, products float32, on cpu")

@@ -18,6 +18,7 @@ import typo
 from common import InputError, batches, evaluate
 from common import models as model_loading
 from common.run import default_learning_rate
+from report import table
 from rewards.models import load_classifier
 from tests import models
 from tests.runs import ROOT, arguments, lines_of, resume, start_process, train, write_pairs
@@ -314,9 +315,9 @@ def test_means_of_samples_have_their_standard_errors(toy_base, tmp_path, capsys)
     after = json.loads((folder / "summary.json").read_text())["after"]
     for name in ("preference_accuracy", "reward_accuracy", "kl", "true_reward", "right_share", "rude_share"):
         assert after[f"{name}_se"] > 0, name
-    assert f"{after['true_reward']:.3f} ± {after['true_reward_se']:.2g}" in capsys.readouterr().out.replace(
-        "0.0", "0.0"
-    )
+    words = table.cell(after, "true_reward")
+    assert re.fullmatch(r"-?[\d.]+ ± [\d.]+", words)
+    assert words in capsys.readouterr().out
     row = world.questions()[0]
     answers = [(world.prompt_of(row), f"it is {row['right']} ."), (world.prompt_of(world.questions()[1]), "it is x .")]
     judged = world.judge_answers(answers)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import InputError, data
+from common import InputError, data, generate
 from common import models as model_loading
 from toy import base, world
 
@@ -493,7 +493,7 @@ def test_the_version_of_the_cache_is_that_of_the_world(monkeypatch, tmp_path):
     """Another torch may give other bytes, so it gets another folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     here = base.cache_folder(0)
-    code = b"".join(Path(module.__file__).read_bytes() for module in (world, base))
+    code = b"".join(Path(module.__file__).read_bytes() for module in (world, base, generate))
     assert here.name.startswith(hashlib.sha256(code + torch.__version__.encode()).hexdigest()[:12])
     monkeypatch.setattr(torch, "__version__", "0.0")
     assert base.cache_folder(0) != here
