@@ -299,7 +299,7 @@ def test_a_run_is_a_causal_lm_and_a_reward_model(kind, request, tmp_path, file13
     run = train("dph", tmp_path / "run", model=base, data=file13, max_length=128)
     tokenizer = AutoTokenizer.from_pretrained(run)
     lm = AutoModelForCausalLM.from_pretrained(run).eval()
-    pad_id = lm.config.pad_token_id  # a word that pads is no special token of the tokenizer
+    pad_id = tokenizer.pad_token_id = lm.config.pad_token_id  # the tokenizer does not know of a word that pads
     judge = AutoModelForSequenceClassification.from_pretrained(run, num_labels=1).eval()
     assert AutoConfig.from_pretrained(run).num_labels == 1  # for those who do not say so when they load it
     examples = toy_examples(str(run))

@@ -281,14 +281,15 @@ def test_the_first_process_makes_and_the_others_wait(tmp_path, cache):
         "store.LARGE_BYTES, make, made = 0, store.make_folder, []\n"
         "store.make_folder = lambda *args: made.append(make(*args))\n"
         "splits, digest = load_pairs(sys.argv[1], None, 0.0, 0, models.byte_tokenizer(bos=True), 60)\n"
-        "print('made', len(made), 'rows', len(splits['train']), splits['train'][3]['texts'][0], flush=True)\n"
+        "said = f\"made {len(made)} rows {len(splits['train'])} {splits['train'][3]['texts'][0]}\"\n"
+        "open(f'{sys.argv[1]}.{dist.get_rank()}', 'w').write(said)\n"
         "dist.destroy_process_group()\n"
     )
     good = [{"prompt": f"q{i}", "chosen": " a", "rejected": " b"} for i in range(6)]
     words = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29671", str(script)]
     result = start_process([*words, lines_file(tmp_path, good)], cwd=ROOT)
     assert result.returncode == 0, result.stderr
-    lines = sorted(line for line in result.stdout.splitlines() if line.startswith("made"))
+    lines = sorted(path.read_text() for path in tmp_path.glob("*.jsonl.[01]"))  # their prints may mix
     assert lines == ["made 0 rows 6 q3", "made 1 rows 6 q3"]
     bad = start_process([*words, lines_file(tmp_path, [{"prompt": "a"}], "bad.jsonl")], cwd=ROOT)
     assert bad.returncode != 0
