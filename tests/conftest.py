@@ -25,8 +25,19 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser) -> None:
-    """`--fuzz 10000`: so many generated files of each format, other ones each time."""
+    """`--fuzz 10000`: so many generated files of each format, other ones each time; `--all`: whole
+    experiments and benchmarks in small, too.
+    """
     parser.addoption("--fuzz", type=int, default=0, help="generated files of each format in tests/test_fuzz.py")
+    parser.addoption("--all", action="store_true", help="the tests marked study, too")
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    """Skips what takes minutes and is seldom touched, unless `--all` asks for it."""
+    if not config.getoption("--all"):
+        for item in items:
+            if item.get_closest_marker("study"):
+                item.add_marker(pytest.mark.skip(reason="a whole experiment or benchmark in small: pytest --all"))
 
 
 @pytest.fixture(scope="session")

@@ -48,6 +48,7 @@ def test_tiny_agrees_with_trl(tmp_path):
         assert run["first_grad_norm"] == pytest.approx(ours["first_grad_norm"], rel=1e-3)
 
 
+@pytest.mark.study
 def test_tiny_in_both_dtypes(tmp_path):
     result = tiny(tmp_path, "--systems", "ours", "--dtypes", "float32", "bfloat16")
     assert result["disagreements"] == []
@@ -91,6 +92,7 @@ def test_a_difference_is_found(changed):
     assert pairs.disagreements({"ours": [run_of()], "trl": [run_of(**changed)]})
 
 
+@pytest.mark.study
 def test_pretraining_systems_compute_the_same(tmp_path):
     systems = ["ours", "plain"] + ["trainer"] * (importlib.util.find_spec("accelerate") is not None)
     command = [sys.executable, "benchmarks/pretraining.py", "--tiny", "--output", str(tmp_path / "out.json")]
@@ -126,6 +128,7 @@ def test_real_rows_fit(preference_data):
     )
 
 
+@pytest.mark.study
 def test_a_tiny_corpus_is_prepared_and_measured(tmp_path):
     pytest.importorskip("pycodestyle")
     command = [sys.executable, "benchmarks/corpora.py", "--tiny", "--output", str(tmp_path / "out.json")]

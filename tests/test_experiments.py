@@ -283,7 +283,7 @@ def test_answers_are_grouped_by_question():
     assert rewards.shape == (len(policies.trained_questions()), 3)
 
 
-@pytest.mark.slow
+@pytest.mark.study
 @pytest.mark.parametrize("name", ["toy_frontier", "partition"])
 def test_a_small_grid_goes_on_where_it_stopped(tmp_path, toy_base, name):
     words = [f"experiments/{name}.py", "--seeds", "0", "--betas", "0.3", "--answers", "2", "--jobs", "2"]
@@ -328,7 +328,7 @@ def test_of_equal_learning_rates_the_smaller_one_counts():
     assert chat_model.best_lr(lines, "d", "dpo", 0) == 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_a_chat_models_study_in_small(preference_data, tmp_path, capsys):
     """One method, two learning rates, one seed: lines with accuracies and win rates; nothing is
     made twice.

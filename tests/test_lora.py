@@ -508,7 +508,7 @@ def test_gradient_checkpointing_gives_the_same_run(peft, tmp_path, file13, folde
     same_run_with("gradient_checkpointing", folder, file13, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.study
 @pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a compiler")
 def test_compiling_gives_the_same_run(peft, tmp_path, file13, gpt2):
     same_run_with("compile", gpt2, file13, tmp_path)

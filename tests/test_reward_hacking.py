@@ -28,7 +28,7 @@ def test_answers_are_judged_by_both_rewards():
         assert metrics["meteor_similarity"] > 0.8
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_a_small_grid_goes_on_where_it_stopped(tmp_path, toy_base):
     words = [
         "-m",
