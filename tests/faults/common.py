@@ -241,8 +241,8 @@ TABLE = [
     Mutant(
         "a prompt is read for each completion",
         (GENERATE,),
-        "enumerate(dict.fromkeys(map(tuple, prompts)))",
-        "enumerate([*map(tuple, prompts)])",
+        "[distinct[tuple(prompt)] for prompt in prompts]\n    ids, mask = pad_left(list(map(list, distinct)), ",
+        "list(range(len(prompts)))\n    ids, mask = pad_left(list(map(list, prompts)), ",
         SAMPLING_TEST + "test_a_prompt_is_read_once_and_ended_rows_leave",
     ),
     Mutant(
