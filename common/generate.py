@@ -56,7 +56,7 @@ def complete(model, prompts, tokenizer, uniforms: torch.Tensor, pick, bar) -> li
     ids, mask = pad_left(list(map(list, distinct)), tokenizer.pad_token_id, device).values()
     completions, cache = [[] for _ in prompts], {}
     for uniform in uniforms.to(device).T:  # [prompts]
-        logits, cache = next_logits(model, ids, mask, cache)
+        logits, cache = next_logits(model, ids, mask, cache, room=uniforms.shape[1])
         tokens = pick(logits[lines], uniform[rows])  # [rows]
         picked = tokens.tolist()
         for row, token in zip(rows, picked):
@@ -78,17 +78,24 @@ def complete(model, prompts, tokenizer, uniforms: torch.Tensor, pick, bar) -> li
     return [new[: new.index(eos) + 1] if eos in new else new for new in completions]
 
 
-def next_logits(model, ids: torch.Tensor, mask: torch.Tensor, cache: dict) -> tuple[torch.Tensor, dict]:
+def next_logits(model, ids: torch.Tensor, mask: torch.Tensor, cache: dict, room: int) -> tuple[torch.Tensor, dict]:
     """Logits [lines, vocabulary] of the token after `ids`, and the cache by its argument's name: {}
-    of a model whose cache is of another kind, which computes all anew for each token."""
+    of a model whose cache is of another kind, which computes all anew for each token. A new cache
+    has room for that many more tokens."""
     from transformers import Cache
+
+    from attention.rooms import make_room
 
     positions, new = (mask.cumsum(-1) - 1).clamp(min=0), slice(-1 if cache else None, None)
     inputs = {"input_ids": ids[:, new], "position_ids": positions[:, new], "attention_mask": mask} | cache
     known, inputs = inspect.signature(model.forward).parameters, inputs | {"use_cache": True, "logits_to_keep": 1}
     output = model(**{name: value for name, value in inputs.items() if name in known})
     name = "cache" if "cache" in output else "past_key_values"  # its name in older transformers
-    return output.logits[:, -1], {name: output[name]} if isinstance(output.get(name), Cache) else {}
+    if not isinstance(output.get(name), Cache):
+        return output.logits[:, -1], {}
+    if not cache:
+        make_room(output[name], room)
+    return output.logits[:, -1], {name: output[name]}
 
 
 def draw(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float, top_p: float, banned_ids) -> torch.Tensor:
@@ -98,30 +105,30 @@ def draw(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float, top_p
     logits[:, banned_ids] = float("-inf")
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature if top_p == 1 else nucleus(logits / temperature, top_p)
-    weights = (logits - logits.amax(-1, keepdim=True)).exp()
-    cumulative = weights.cumsum(-1, dtype=torch.float64)
+    logits, ids = logits if temperature == 1 else logits / temperature, None
+    if top_p < 1:
+        logits, ids = nucleus(logits, top_p)
+    cumulative = (logits - logits.amax(-1, keepdim=True)).exp_().cumsum(-1, dtype=torch.float64)
     totals = cumulative[:, -1:]
     if not totals.isfinite().all():
         raise FloatingPointError("The model's logits are not finite: nothing can be sampled from it.")
-    return torch.searchsorted(cumulative, uniforms[:, None] * totals, right=True).squeeze(-1)
+    drawn = torch.searchsorted(cumulative, uniforms[:, None] * totals, right=True)  # [lines, 1]
+    return (drawn if ids is None else ids.gather(-1, drawn)).squeeze(-1)
 
 
-def nucleus(logits: torch.Tensor, top_p: float, top: int = 512) -> torch.Tensor:
-    """Logits [lines, vocabulary], -inf but at the fewest tokens, the likeliest ones, that together
-    have probability top_p; of equal ones the larger ids. The `top` likeliest are sorted, and
-    more where those do not tell."""
+def nucleus(logits: torch.Tensor, top_p: float, top: int = 512) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of logits [lines, vocabulary] the `top` largest, [lines, top], and their ids, which ascend;
+    -inf but at the fewest tokens, the likeliest ones, that together have probability top_p; of
+    equal ones the larger ids. More than `top` where those do not tell."""
     top = min(top, logits.shape[-1])
     ids = logits.topk(top, sorted=False).indices.sort(descending=True).values
     ranked, order = logits.gather(-1, ids).sort(descending=True, stable=True)  # of equal ones the larger id first
     probabilities = (ranked - logits.logsumexp(-1, keepdim=True)).double().exp()
     is_kept = probabilities.cumsum(-1) - probabilities < top_p  # those before it do not have top_p yet
-    kept = ranked.masked_fill(~is_kept, float("-inf"))
-    kept = torch.full_like(logits, float("-inf")).scatter_(-1, ids.gather(-1, order), kept)
-    unsure = (is_kept & (ranked == ranked[:, -1:])).any(-1)  # tokens that were not looked at may belong to it
-    if top < logits.shape[-1] and unsure.any():
-        kept[unsure] = nucleus(logits[unsure], top_p, 16 * top)
-    return kept
+    if top < logits.shape[-1] and (is_kept & (ranked == ranked[:, -1:])).any():
+        return nucleus(logits, top_p, 16 * top)  # tokens that were not looked at may belong to it
+    kept = torch.empty_like(ranked).scatter_(-1, order, ranked.masked_fill(~is_kept, float("-inf")))
+    return kept.flip(-1), ids.flip(-1)
 
 
 def pad_left(prompts: list[list[int]], pad_id: int, device) -> dict[str, torch.Tensor]:

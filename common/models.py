@@ -1,6 +1,7 @@
 """Models and tokenizers: found, loaded in float32, sharded; what of them other code must know."""
 
 import hashlib
+import os
 import types
 from pathlib import Path
 
@@ -83,6 +84,8 @@ def load_model(folder: str, device, tokenizer=None):
     Raises InputError where weights are missing: transformers would go on with random ones."""
     from transformers import AutoModelForCausalLM
 
+    # On a CPU attention reads keys that heads share where they are; they need not be copied for each.
+    os.environ["TRANSFORMERS_SDPA_FORCE_GQA"] = str(int(torch.device(device).type == "cpu"))
     model, loading = load_with(AutoModelForCausalLM, folder, "a causal language model")
     refuse_missing(f"--model {folder}", loading["missing_keys"])
     if tokenizer is not None:

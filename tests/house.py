@@ -42,6 +42,7 @@ PACKAGES = (
     "pretraining",
     "judging",
     "adapters",
+    "attention",
 )  # imported by scripts inside main only
 FOLDERS = (
     *PACKAGES,
@@ -55,7 +56,16 @@ FOLDERS = (
 # Imports run one way: a module may import those of the layers below its own, function-level imports
 # included.
 LAYERS = [
-    ["common", "common.batches", "common.processes", "common.metrics", "chat", "chat.messages"],
+    [
+        "common",
+        "common.batches",
+        "common.processes",
+        "common.metrics",
+        "attention",
+        "attention.rooms",
+        "chat",
+        "chat.messages",
+    ],
     ["report", "report.progress"],
     ["common.generate", "common.fields", "common.oracle", "chat.templates"],
     ["tokens", "tokens.encode", "toy", "toy.world"],

@@ -4,12 +4,14 @@ generation_config, the padding and the tokenizer say.
 
 import random
 from collections import Counter
+from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from attention import rooms
 from common import generate
 from tests import models
 
@@ -295,6 +297,27 @@ def test_a_prompt_is_read_once_and_ended_rows_leave(monkeypatch):
 INPUTS = ("input_ids", "attention_mask", "position_ids", "use_cache", "cache", "past_key_values", "logits_to_keep")
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_states_in_spare_room_are_those_of_a_growing_cache(monkeypatch, autocast):
+    """The same tokens as with transformers' own layers: prompts of several lengths, rows that end,
+    several completions of each; in bfloat16 too, where the room holds what attention would cast.
+    """
+    model = models.tiny_llama(12)
+    prompts = [[BOS, 3, 4, 5, 6, 7], [BOS, 9], [BOS, 4, 8, 3]]
+
+    def answers():
+        context = partial(torch.autocast, "cpu", torch.bfloat16) if autocast else None
+        return generate.sample(model, prompts, ENDS, 24, seed=3, autocast=context, n=7, top_p=0.9)
+
+    updates, update = [], rooms.RoomyLayer.update
+    monkeypatch.setattr(rooms.RoomyLayer, "update", lambda *args, **more: updates.append(1) or update(*args, **more))
+    ours, count = answers(), len(updates)
+    monkeypatch.setattr(rooms, "make_room", lambda *args: None)
+    assert ours == answers()
+    assert count == len(updates) > 20
+    assert len({len(ids) for ids in ours}) > 3
+
+
 def test_a_process_without_rows_makes_the_passes_of_the_others(monkeypatch):
     """Another process goes on to its seventh token: this one's forward passes do too, its answer
     does not.
@@ -302,7 +325,7 @@ def test_a_process_without_rows_makes_the_passes_of_the_others(monkeypatch):
     model, passes = model_that_ends(), []
     monkeypatch.setattr(generate.processes, "sum_over_processes", lambda count: count + (len(passes) < 7))
     next_logits = generate.next_logits
-    monkeypatch.setattr(generate, "next_logits", lambda *args: passes.append(1) or next_logits(*args))
+    monkeypatch.setattr(generate, "next_logits", lambda *args, **room: passes.append(1) or next_logits(*args, **room))
     answers = generate.sample(model, [[BOS, 3]], SimpleNamespace(pad_token_id=PAD, eos_token_id=EOS), 8, seed=1)
     ended = answers[0].index(EOS) + 1
     assert ended < 7 == len(passes)
@@ -360,6 +383,12 @@ def adversarial_logits() -> dict[str, torch.Tensor]:
     }
 
 
+def in_full(logits, top_p, top):
+    """The nucleus among the whole vocabulary, with what generate.nucleus returned."""
+    largest, ids = generate.nucleus(logits, top_p, top)
+    return torch.full_like(logits, float("-inf")).scatter_(-1, ids, largest), largest, ids
+
+
 @pytest.mark.parametrize("top", [8, 512, 10_000])
 @pytest.mark.parametrize("top_p", [0.01, 0.5, 0.95, 0.999])
 @pytest.mark.parametrize("name", ["random", "bfloat16", "flat", "ties", "one", "masked"])
@@ -370,8 +399,10 @@ def test_the_nucleus_is_that_of_a_full_sort(name, top_p, top):
     from transformers import TopPLogitsWarper
 
     logits = adversarial_logits()[name]
-    kept = generate.nucleus(logits, top_p, top)
-    assert torch.equal(kept.isfinite(), generate.nucleus(logits, top_p, 3000).isfinite())
+    kept, largest, ids = in_full(logits, top_p, top)
+    assert torch.equal(kept.isfinite(), in_full(logits, top_p, 3000)[0].isfinite())
+    assert (ids.diff() > 0).all()
+    assert largest.isfinite().sum() == kept.isfinite().sum()
     assert torch.equal(kept[kept.isfinite()], logits[kept.isfinite()])
     probabilities, sizes = logits.double().softmax(-1), kept.isfinite().sum(-1)
     ours = probabilities.masked_fill(~kept.isfinite(), 0).sort().values
