@@ -6,11 +6,12 @@ one process, in processor seconds.
     python benchmarks/sampling.py --model FOLDER --scripts superhf ppo --reward FOLDER
     python benchmarks/sampling.py --tiny             a tiny random model, for tests
 
-Before: generate() with every prompt repeated n times, as the scripts called it. After:
-common.generate.sample. With --continuous also generate_batch(), transformers' continuous batching.
---scripts runs a step of each with its sampling replaced by generate(), then as it is, and says what
-generation, scoring and training took. Prompts are Anthropic's hh from $PREFERENCE_DATA; a random
-model gets random ids of the same lengths.
+Before: generate() with every prompt repeated n times in float32, as the scripts called it on a CPU
+until `--dtype auto` chose bfloat16 there. After: common.generate.sample, in bfloat16. Between them
+generate() in bfloat16: what the dtype alone brings. With --continuous also generate_batch(),
+transformers' continuous batching. --scripts runs a step of each as it was before, sampling and
+dtype, then as it is, and says what generation, scoring and training took. Prompts are Anthropic's
+hh from $PREFERENCE_DATA; a random model gets random ids of the same lengths.
 """
 
 import json
@@ -56,7 +57,9 @@ class Args:
     top_p: tuple[float, ...] = (0.95, 1.0)
     """Each is measured."""
     dtype: str = "bfloat16"
-    """Of matrix products: float32 or bfloat16."""
+    """Of matrix products after: float32 or bfloat16."""
+    dtype_before: str = "float32"
+    """Of matrix products before."""
     repeats: int = 1
     """How often the systems take turns."""
     continuous: bool = False
@@ -150,14 +153,16 @@ def measure(name: str, folder: str, args: Args) -> list[dict]:
         rng = random.Random(0)
         lengths = [LENGTHS[i % len(LENGTHS)] // (8 if args.tiny else 1) for i in range(args.prompts)]
         prompts = [[rng.randrange(2, model.config.vocab_size) for _ in range(length)] for length in lengths]
-    autocast = partial(torch.autocast, "cpu", torch.bfloat16) if args.dtype == "bfloat16" else None
-    systems = {"before": sample_before, "after": generate.sample}
-    systems |= {"continuous": sample_continuous} if args.continuous else {}
+    systems = {"before": (sample_before, args.dtype_before), "after": (generate.sample, args.dtype)}
+    if args.dtype != args.dtype_before:
+        systems[f"before_{args.dtype}"] = (sample_before, args.dtype)
+    systems |= {"continuous": (sample_continuous, args.dtype)} if args.continuous else {}
     entries = []
     for top_p in args.top_p:
         runs: dict[str, list[dict]] = {system: [] for system in systems}
         for _ in range(args.repeats):
-            for system, sample in systems.items():
+            for system, (sample, dtype) in systems.items():
+                autocast = partial(torch.autocast, "cpu", torch.bfloat16) if dtype == "bfloat16" else None
                 started = time.process_time()
                 done = sample(model, prompts, tokenizer, args.max_new_tokens, top_p=top_p, autocast=autocast, n=args.n)
                 seconds = time.process_time() - started
@@ -188,9 +193,10 @@ def run_script(module, args: Args, system: str, folder: Path) -> dict:
     rows.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     sizes = {"batch_size": args.prompts, "completions": args.n}
     sizes |= {"ppo_epochs": 1} if module is ppo else {}
+    dtype = {"before": args.dtype_before, "after": args.dtype}[system]
     given = module.Args(
         model=args.model, data=str(rows), reward=args.reward, name=f"{module.__name__}-{system}", max_steps=1,
-        kl_samples=0, micro_batch_size=8, max_new_tokens=args.max_new_tokens, dtype=args.dtype, max_length=384,
+        kl_samples=0, micro_batch_size=8, max_new_tokens=args.max_new_tokens, dtype=dtype, max_length=384,
         output_dir=str(folder), holdout=0.0, log_every=1, **sizes,
     )  # fmt: skip
     sample = {"before": sample_before, "after": generate.sample}[system]
@@ -206,7 +212,7 @@ def main(args: Args) -> None:
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
     if args.tiny:
-        args.prompts, args.n, args.max_new_tokens, args.dtype = 2, 4, 4, "float32"
+        args.prompts, args.n, args.max_new_tokens, args.dtype, args.dtype_before = 2, 4, 4, "float32", "float32"
     about = {
         "command": " ".join(["python", "benchmarks/sampling.py", *sys.argv[1:]]),
         "commit": git_commit(),

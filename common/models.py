@@ -84,7 +84,7 @@ def load_model(folder: str, device, tokenizer=None):
     Raises InputError where weights are missing: transformers would go on with random ones."""
     from transformers import AutoModelForCausalLM
 
-    # On a CPU attention reads keys that heads share where they are; they need not be copied for each.
+    # Keys that heads share need not be copied for each head, which a CPU takes its time for.
     os.environ["TRANSFORMERS_SDPA_FORCE_GQA"] = str(int(torch.device(device).type == "cpu"))
     model, loading = load_with(AutoModelForCausalLM, folder, "a causal language model")
     refuse_missing(f"--model {folder}", loading["missing_keys"])

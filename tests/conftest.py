@@ -26,9 +26,10 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser) -> None:
     """`--fuzz 10000`: so many generated files of each format, other ones each time; `--all`: whole
-    experiments and benchmarks in small, too.
+    experiments and benchmarks in small, too; `--chat-model FOLDER`: all scripts on a real model.
     """
     parser.addoption("--fuzz", type=int, default=0, help="generated files of each format in tests/test_fuzz.py")
+    parser.addoption("--chat-model", default="", help="folder of a chat model, for tests/test_chat_model.py")
     parser.addoption("--all", action="store_true", help="the tests marked study, too")
 
 
