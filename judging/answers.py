@@ -21,7 +21,7 @@ from common.oracle import plain_rewards
 from rewards.prompts import prompt_of_row
 from tokens.encode import encode_row
 
-GROUP = 16  # rows that are sampled together
+GROUP = 64  # rows that are sampled together
 
 
 def answer_file(
