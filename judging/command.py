@@ -37,6 +37,7 @@ from judging.heads import refuse_classifier
 from judging.local_tasks import write_tasks
 from judging.perplexity import perplexity_of_text, read_text
 from judging.scores import score_file
+from report.facts import machine
 
 PERPLEXITIES = ("token_perplexity", "word_perplexity", "bits_per_byte")  # printed, in this order
 
@@ -128,11 +129,12 @@ def measure(args: Args, output: Path) -> None:
         raise InputError(f"--output {output}: there is no folder {output.parent}.")
     text = read_text(args.perplexity) if args.perplexity else ""  # before any work
     folder = resolve_model(args.model)
-    results = {"model": args.model, "model_sha256": sha256_of_model(folder)}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    results = {"model": args.model, "model_sha256": sha256_of_model(folder), **machine(device)}
     if args.perplexity:
         refuse_classifier(args.model, folder, "--perplexity")
         tokenizer = load_tokenizer(folder)
-        model = load_model(folder, "cuda" if torch.cuda.is_available() else "cpu", tokenizer).eval()
+        model = load_model(folder, device, tokenizer).eval()
         numbers = perplexity_of_text(model, tokenizer, text, length_limit(args.max_length, model), args.stride)
         words = ", ".join(f"{name.replace('_', ' ')} {numbers[name]:.4f}" for name in PERPLEXITIES)
         print(f"{args.perplexity}: {numbers['tokens']:,} tokens, {numbers['words']:,} words; {words}.")

@@ -37,6 +37,12 @@ def refuse_classifier(name: str, folder: str, flag: str) -> None:
         raise InputError(f"{flag}: {name} is a sequence-classification model, which has no log-probabilities.")
 
 
+def refuse_without_reward(name: str, folder: str, flag: str) -> None:
+    """Raises InputError where a flag needs a reward and the model has none."""
+    if not is_classifier(folder) and not load_weights(folder, "score.weight"):
+        raise InputError(f"{flag}: {name} has no reward head; dph.py and reward_model.py train one.")
+
+
 def load_parts(name: str, folder: str, tokenizer, device) -> tuple:
     """(model in float32, reward or None, whether the model has log-probabilities) of a folder.
 

@@ -17,7 +17,7 @@ from chat import templates
 from common import InputError, first_line
 from common.metrics import standard_error
 from common.models import load_model, load_tokenizer
-from judging.heads import refuse_classifier
+from judging.heads import refuse_classifier, refuse_without_reward
 from judging.local_tasks import PREFIX, harness_tasks
 from rewards.metrics import calibration_error, expected_calibration_error
 from rewards.models import load_reward
@@ -59,13 +59,16 @@ def expand(names: str, known: set[str]) -> tuple[list[str], dict[str, list[str]]
     return list(dict.fromkeys(tasks)), missing
 
 
-def load_tasks(names: str, tasks_dir: str) -> tuple[list, dict, dict[str, list[str]]]:
-    """(what the harness evaluates, its tasks by name, missing tasks of each suite).
+def load_tasks(names: str, tasks_dir: str) -> tuple[dict, dict, dict[str, list[str]]]:
+    """({"tasks": what the harness evaluates, "task_manager": of whom}, its tasks by name, missing
+    tasks of each suite).
 
     Raises InputError for a task that is not known, cannot be loaded or is no multiple choice.
     """
+    import datasets
     from lm_eval.tasks import TaskManager
 
+    datasets.disable_progress_bars()
     local, manager = set(), None
     if tasks_dir:
         if not Path(tasks_dir).is_dir():
@@ -86,12 +89,17 @@ def load_tasks(names: str, tasks_dir: str) -> tuple[list, dict, dict[str, list[s
         except Exception as error:
             hint = "" if name in local else "; without the hub, --tasks-dir names local task files"
             raise InputError(f"--tasks {name}: its data cannot be loaded ({first_line(error)}){hint}.") from None
-        specs += loaded["groups"].values() if loaded.get("groups") else loaded["tasks"].values()
-        tasks |= loaded["tasks"]
+        if group := loaded.get("groups", {}).get(name):
+            if twice := sorted(tasks.keys() & loaded["tasks"].keys()):
+                raise InputError(f"--tasks {name}: its task {twice[0]} is asked for twice.")
+            specs.append(group)
+        else:
+            specs += [task for key, task in loaded["tasks"].items() if key not in tasks]
+        tasks |= {key: task for key, task in loaded["tasks"].items() if key not in tasks}
     for name, task in tasks.items():
         if task.OUTPUT_TYPE != "multiple_choice":
             raise InputError(f"--tasks {name}: a task of the kind {task.OUTPUT_TYPE}; expected multiple choice.")
-    return specs, tasks, missing
+    return {"tasks": specs, "task_manager": manager}, tasks, missing
 
 
 # -- models
@@ -265,26 +273,29 @@ def run_tasks(
         limit: rows of each task; None: all. chat: whether prompts go through the chat template.
     """
     check_harness()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    models, results = {}, {}
-    if score in {"reward", "both"}:
-        models["reward"] = reward_model(folder, device, chat)
-    if score in {"logprob", "both"}:
+    if score != "reward":
         refuse_classifier(name, folder, f"--score {score}")
-        models["logprob"] = language_model(folder, device, batch_size, chat, chat_template)
+    if score != "logprob":
+        refuse_without_reward(name, folder, f"--score {score}")
     specs, loaded, missing = load_tasks(tasks, tasks_dir)
-    for kind in ("logprob", "reward"):
-        if kind in models:
-            print(f"{len(loaded)} tasks by {kind}.", flush=True)
-            results[kind] = evaluate(models.pop(kind), specs, limit, chat and kind == "logprob")
+    device, results = torch.device("cuda" if torch.cuda.is_available() else "cpu"), {}
+    if score != "reward":
+        print(f"{len(loaded)} tasks by log-probability.", flush=True)
+        model = language_model(folder, device, batch_size, chat, chat_template)
+        results["logprob"] = evaluate(model, specs, limit, chat)
+        del model
+    if score != "logprob":
+        print(f"{len(loaded)} tasks by reward.", flush=True)
+        # Strings that go through a template do so in the reward, which knows its own.
+        results["reward"] = evaluate(reward_model(folder, device, chat), specs, limit, chat=False)
     return summary_of(results, loaded, missing, tasks) | {"lm_eval": importlib.metadata.version("lm_eval")}
 
 
-def evaluate(model, specs: list, limit: int | None, chat: bool) -> dict:
+def evaluate(model, specs: dict, limit: int | None, chat: bool) -> dict:
     """What the harness says of a model, every row's answers included."""
     from lm_eval import simple_evaluate
 
-    return simple_evaluate(model, tasks=specs, limit=limit, bootstrap_iters=0, apply_chat_template=chat)
+    return simple_evaluate(model, **specs, limit=limit, bootstrap_iters=0, apply_chat_template=chat)
 
 
 def summary_of(results: dict[str, dict], loaded: dict, missing: dict, asked: str) -> dict:
