@@ -12,7 +12,8 @@ import torch
 import reward_model
 from common import InputError
 from experiments.study import read_lines
-from judging import command, reward_bench, scores
+from judging import command, reward_bench
+from report import progress
 from tests import models
 from tests.runs import lines_file, pairs, train, write_pairs
 
@@ -71,7 +72,8 @@ def known(values: list, subsets: list, kind: str = "reward") -> tuple[list[dict]
     """Rows and their lines with these (chosen, rejected) scores."""
     rows = [{"subset": subset, "id": name} for subset, name in subsets]
     sides = ("chosen", "rejected")
-    return rows, [{f"{side}_{kind}": value for side, value in zip(sides, pair)} for pair in values]
+    tokens = {f"{side}_tokens": 3 for side in sides}
+    return rows, [{f"{side}_{kind}": value for side, value in zip(sides, pair)} | tokens for pair in values]
 
 
 def test_the_table_of_both_benchmarks(capsys):
@@ -110,9 +112,8 @@ def test_accuracy_at_equal_length_takes_length_out():
     rate, error = reward_bench.equal_length_accuracy(lines, "reward")
     assert plain > 0.6
     assert abs(rate - 0.5) < 3 * error < 0.12
-    shorter = [
-        {**line, "chosen_tokens": line["rejected_tokens"], "rejected_tokens": line["chosen_tokens"]} for line in lines
-    ]
+    names = {"chosen_tokens": "rejected_tokens", "rejected_tokens": "chosen_tokens"}
+    shorter = [line | {new: line[old] for new, old in names.items()} for line in lines]
     assert reward_bench.equal_length_accuracy(shorter, "reward")[0] == pytest.approx(rate)  # a sign of lengths only
     assert reward_bench.equal_length_accuracy(lines[:9], "reward") is None
     assert reward_bench.equal_length_accuracy(lines, "logps") is None
@@ -125,9 +126,8 @@ def test_accuracy_at_equal_length_takes_length_out():
 
 def test_the_command_counts_by_subset(toy_base, tmp_path, capsys):
     rows = [row | {"subset": ("hep-cpp", "math-prm")[i % 2]} for i, row in enumerate(pairs(12))]
-    data = lines_file(
-        tmp_path, [*rows, {"prompt": "what is six ?", "chosen": "", "rejected": "b", "subset": "hep-cpp"}]
-    )
+    unusable = {"prompt": "what is six ?", "chosen": "", "rejected": "b", "subset": "hep-cpp"}
+    data = lines_file(tmp_path, [*rows, unusable])
     output = tmp_path / "scores.jsonl"
     command.main(command.Args(model=str(toy_base), data=data, output=str(output)))
     printed = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -164,9 +164,8 @@ def test_the_command_reads_lists_as_the_second_benchmark_does(toy_base, tmp_path
     right = [line["chosen_reward"][0] > max(line["rejected_reward"]) for line in lines[:3]]
     math_line = next(line for line in printed if line[:1] == ["Math"])
     assert math_line[-3] == f"{sum(right) / 3:.3f}"
-    ties = [
-        (name, line["chosen_reward"], line["rejected_reward"]) for name, line in zip(("ref:4", "tied:4"), lines[3:])
-    ]
+    names = ("ref:4", "tied:4")
+    ties = [(name, line["chosen_reward"], line["rejected_reward"]) for name, line in zip(names, lines[3:])]
     assert next(line for line in printed if line[:1] == ["Ties"])[-1] == f"{reward_bench.ties_score(ties)['score']:.3f}"
     assert "RewardBench 2, mean of 2 of 6 subsets" in " ".join(" ".join(line) for line in printed)
 
@@ -200,7 +199,7 @@ def test_a_run_of_reward_model_is_judged_by_the_same_command(rewards_run, tmp_pa
     assert lines[5]["chosen_reward"] is None
     right = sum(line["chosen_reward"] > line["rejected_reward"] for line in lines[:5]) / 5
     assert f"6 rows, 5 scored, 1 dropped (an answer is empty). Reward accuracy {right:.3f}. Written" in printed
-    with pytest.raises(InputError, match="--generate: .* is a sequence-classification model, which has no"):
+    with pytest.raises(InputError, match=r"--generate: .* is a sequence-classification model, which has no"):
         command.main(command.Args(model=str(rewards_run), generate=str(tmp_path / "rows.jsonl"), output="new.jsonl"))
 
 
@@ -236,12 +235,13 @@ def test_reward_models_of_others_are_read_at_the_text_s_end(labels, toy_tokenize
 
 def test_scores_are_counted_while_they_come(toy_base, tmp_path, monkeypatch):
     """One pass over all answers, short ones first, which shows how far it is."""
-    shown = []
-    track = scores.rewards_of.__globals__["progress"].track
-    monkeypatch.setattr(
-        "report.progress.track",
-        lambda items, what, unit="batch": shown.append((what, len(items))) or track(items, what),
-    )
+    shown, track = [], progress.track
+
+    def track_and_note(items, what, unit="batch"):
+        shown.append((what, len(items)))
+        return track(items, what, unit)
+
+    monkeypatch.setattr(progress, "track", track_and_note)
     run = train("dph", tmp_path / "run", model=str(toy_base), data=write_pairs(tmp_path / "p.jsonl", 16))
     shown.clear()
     data = write_pairs(tmp_path / "rows.jsonl", 10)
