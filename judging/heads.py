@@ -68,4 +68,6 @@ def load_parts(name: str, folder: str, tokenizer, device) -> tuple:
 
 def rewards_of(reward, sequences: list[tuple]) -> list[float]:
     """The reward of each sequence, with progress."""
-    return [reward(sequence) for sequence in progress.track(sequences, "rewards", unit="answer")]
+    return [
+        reward(sequence) for sequence in progress.track(sequences, f"rewards of {len(sequences):,} answers", "answer")
+    ]

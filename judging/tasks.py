@@ -12,6 +12,7 @@ import math
 from pathlib import Path
 
 import torch
+from packaging.version import Version
 
 from chat import templates
 from common import InputError, first_line
@@ -34,6 +35,7 @@ NOT_AVERAGED = {"wnli"}  # as in the paper's table, "GLUE (-WNLI)"
 METRICS = ("acc", "acc_norm", "f1", "mcc")  # shown, in this order
 OF_REWARDS = ("acc", "f1", "mcc")  # acc_norm would divide a reward by characters
 CALIBRATION = ("expected_calibration_error", "calibration_error")
+OLDEST = (0, 4, 13)  # of lm_eval, whose tasks load otherwise before
 DRAWS = 1000  # resamples for the error of a metric that is no mean
 
 
@@ -109,8 +111,8 @@ def check_harness() -> None:
     """Raises InputError where lm-eval is missing, too old, or lacks a package that it needs."""
     harness_tasks()
     version = importlib.metadata.version("lm_eval")
-    if tuple(int(part) for part in version.split(".")[:2]) < (0, 4):
-        raise InputError(f"--tasks: lm_eval {version} is too old; pip install --upgrade lm_eval")
+    if Version(version).release < OLDEST:
+        raise InputError(f"--tasks: lm_eval {version} is too old; expected 0.4.13 or later.")
     try:
         import lm_eval.models.huggingface  # noqa: F401
     except ImportError as error:

@@ -97,7 +97,7 @@ def test_the_table_of_both_benchmarks(capsys):
     assert ["Ties", "2", f"{ties:.3f}"] in table
     mean = (0.5 + 0.0 + ties + 1.0) / 4
     assert table[-1] == [*"RewardBench 2, mean of 4 of 6 subsets".split(), f"{mean:.3f}"]
-    reward_bench.print_subsets([{}, {"subset": 3}], [{"chosen_reward": 1, "rejected_reward": 0}] * 2)
+    reward_bench.print_subsets([{}, {"subset": 3}], known([(1, 0), (1, 0)], [])[1])
     assert capsys.readouterr().out == ""  # no subset, and too few rows for a fit
 
 
@@ -246,5 +246,5 @@ def test_scores_are_counted_while_they_come(toy_base, tmp_path, monkeypatch):
     shown.clear()
     data = write_pairs(tmp_path / "rows.jsonl", 10)
     command.main(command.Args(model=str(run), data=data, output=str(tmp_path / "out.jsonl"), batch_size=4))
-    assert shown == [("log-probabilities of 20 answers", 5), ("rewards", 20)]
+    assert shown == [("log-probabilities of 20 answers", 5), ("rewards of 20 answers", 20)]
     assert json.loads((tmp_path / "out.jsonl").read_text().splitlines()[9])["row"] == 9

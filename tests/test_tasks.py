@@ -266,6 +266,13 @@ def test_a_missing_harness_says_what_to_install(monkeypatch, toy_base, tmp_path)
 
 
 @needs_harness
+def test_an_old_harness_is_refused(monkeypatch, toy_base, tmp_path):
+    monkeypatch.setattr(tasks.importlib.metadata, "version", lambda name: "0.4.9.1")
+    with pytest.raises(InputError, match=r"--tasks: lm_eval 0\.4\.9\.1 is too old; expected 0\.4\.13 or later\."):
+        command.main(command.Args(model=str(toy_base), tasks="glue", output=str(tmp_path / "results.json")))
+
+
+@needs_harness
 def test_task_files_of_a_folder_without_data(tmp_path):
     with pytest.raises(InputError, match=r"no data file of a known task there; expected hellaswag_val\.jsonl"):
         local_tasks.write_tasks(str(tmp_path / "yaml"), str(tmp_path))
