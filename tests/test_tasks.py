@@ -192,19 +192,23 @@ def test_the_choices_softmax_is_calibrated_by_hand(toy_base, tasks_dir, monkeypa
     """From the answers of the harness: three to five choices, and the letters of MMLU."""
     evaluate, said = tasks.evaluate, []
     monkeypatch.setattr(tasks, "evaluate", lambda *words, **more: said.append(evaluate(*words, **more)) or said[0])
-    ours = tasks.run_tasks(str(toy_base), "toy", "arc_easy,mmlu", "logprob", str(tasks_dir))["tasks"]
-    for name, kind in (("local_arc_easy", "arc_easy_test"), ("local_mmlu", "mmlu_val")):
-        bins: dict[int, list] = {}
+    ours = tasks.run_tasks(str(toy_base), "toy", "arc_easy,winogrande,mmlu", "logprob", str(tasks_dir))["tasks"]
+    right_of = {
+        "arc_easy_test": lambda row: 1,  # B
+        "winogrande_val": lambda row: int(row["answer"]) - 1,
+        "mmlu_val": lambda row: row["answer"],
+    }
+    for kind, right in right_of.items():
+        name, bins = "local_" + kind.rsplit("_", 1)[0], {}
         for sample, row in zip(said[0]["samples"][name], rows_of(kind)):
             values = [value for value, _ in sample["filtered_resps"]]
             p = [math.exp(value - max(values)) for value in values]
             p = [value / sum(p) for value in p]
-            right = 1 if kind == "arc_easy_test" else row["answer"]
-            assert len(p) == (len(row["choices"]["text"]) if kind == "arc_easy_test" else 4)
-            bins.setdefault(min(9, int(max(p) * 10)), []).append((p.index(max(p)) == right, max(p)))
+            assert len(p) == (len(row["choices"]["text"]) if kind == "arc_easy_test" else 2 if "option1" in row else 4)
+            bins.setdefault(min(9, int(max(p) * 10)), []).append((p.index(max(p)) == right(row), max(p)))
         expected = sum(abs(sum(r for r, _ in b) - sum(c for _, c in b)) for b in bins.values()) / 14
         assert ours[name]["logprob"]["expected_calibration_error"] == pytest.approx(expected, abs=1e-9)
-        assert len(bins) > (1 if kind == "arc_easy_test" else 0)  # the toy knows no letters
+        assert len(bins) > (kind != "mmlu_val")  # the toy knows no letters
     assert said[0]["samples"]["local_mmlu"][0]["arguments"][0][0].startswith(
         "The following are multiple choice questions (with answers) about a b.\n\n"
     )
@@ -395,11 +399,26 @@ def test_perplexity_of_a_model_that_is_known(tmp_path):
         assert (numbers["context"], numbers["stride"]) == (context, stride or context)
 
 
+def test_documents_of_a_text_stand_each_for_itself():
+    """Behind BOS each, whatever stands before; the marks between them are no text."""
+    assert perplexity.documents_of(" a <|endoftext|>\n\nb ") == [" a <|endoftext|>\n\nb "]  # no line of its own
+    marked = "ab a\nb\n<|endoftext|>\n\n tab é \n<|endoftext|>\n<|endoftext|>\n"
+    assert perplexity.documents_of(marked) == ["ab a\nb", "tab é"]
+    tokenizer, table = models.byte_tokenizer(bos=True), models.random_table(262, seed=3)
+    assert len(tokenizer) == 262
+    ids = [tokenizer(text, add_special_tokens=False).input_ids for text in ("ab a\nb", "tab é")]
+    nats = -sum(models.bigram_logps(table, [tokenizer.bos_token_id], part) for part in ids)
+    numbers = perplexity.perplexity_of_text(models.bigram_model(table), tokenizer, marked, 4, 3)
+    assert (numbers["documents"], numbers["tokens"]) == (2, sum(map(len, ids)))
+    assert (numbers["words"], numbers["bytes"]) == (5, 6 + 6)
+    assert numbers["nats_per_token"] == pytest.approx(nats / numbers["tokens"], rel=1e-5)
+
+
 @pytest.mark.parametrize("stride", [32, 8, 5])
 def test_each_token_of_a_text_is_predicted_once_from_enough_of_it(stride):
     """Token by token: after the last `context` tokens of its window, at least context - stride."""
     model, context, ids = models.tiny_gpt2(60), 32, [3 + i * i % 50 for i in range(101)]
-    logps = perplexity.token_logps(model, ids, 1, context, stride)
+    logps = perplexity.token_logps(model, [ids], 1, context, stride)
     sequence, end = [1, *ids], context
     for i, token in enumerate(ids):
         end += stride * (i >= end)

@@ -43,8 +43,8 @@ TABLE = [
     Mutant(
         "judging: windows of a text predict tokens twice",
         ("judging/perplexity.py",),
-        "starts = [0, *range(context, len(ids), stride)]",
-        "starts = [0, *range(stride, len(ids), stride)]",
+        "for begin in (0, *range(context, len(ids), stride))]",
+        "for begin in (0, *range(stride, len(ids), stride))]",
         "test_tasks.py::test_perplexity_of_a_model_that_is_known",
     ),
     Mutant(
