@@ -18,7 +18,7 @@ from experiments.study import read_lines
 from judging import command, local_tasks, perplexity, tasks
 from rewards.metrics import expected_calibration_error
 from tests import models
-from tests.runs import lines_file, model_of, train, write_pairs
+from tests.runs import CHAT, lines_file, model_of, train, write_pairs
 
 HARNESS = importlib.util.find_spec("lm_eval")
 needs_harness = pytest.mark.skipif(not HARNESS, reason="needs lm_eval: pip install lm_eval")
@@ -84,7 +84,7 @@ def runs(toy_base, tmp_path_factory):
     return {"dph": train("dph", folder / "dph", **change), "reward_model": folder / "reward_model"}
 
 
-def own_numbers(folder, names: list[str], tasks_dir, limit: int | None = None) -> dict:
+def own_numbers(folder, names: list[str], tasks_dir, **more) -> dict:
     """What lm-eval says of a folder that it loads itself."""
     import lm_eval
     from lm_eval.tasks import TaskManager
@@ -92,8 +92,8 @@ def own_numbers(folder, names: list[str], tasks_dir, limit: int | None = None) -
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     arguments = {"pretrained": str(folder), "dtype": "float32", "device": "cpu"}
     manager = TaskManager(include_path=str(tasks_dir), include_defaults=False)
-    shape = {"batch_size": 8, "task_manager": manager, "bootstrap_iters": 300, "limit": limit}
-    return lm_eval.simple_evaluate("hf", model_args=arguments, tasks=names, **shape)
+    shape = {"batch_size": 8, "task_manager": manager, "bootstrap_iters": 300}
+    return lm_eval.simple_evaluate("hf", model_args=arguments, tasks=names, **shape, **more)
 
 
 # -- the harness
@@ -120,6 +120,9 @@ def test_log_probabilities_are_the_harness_s_own(toy_base, tasks_dir, monkeypatc
             error, resampled = metrics[f"{metric}_stderr"], metric in {"f1", "mcc"}
             close = {"rel": 0.2} if resampled else {"rel": 1e-9}
             assert ours[name]["logprob"][f"{metric}_se"] == pytest.approx(error, **close)
+    mrpc, cola = ours["local_mrpc"]["logprob"], ours["local_cola"]["logprob"]
+    assert mrpc["score"] == pytest.approx((mrpc["acc"] + mrpc["f1"]) / 2)
+    assert (cola["score"], cola["score_se"]) == pytest.approx((cola["mcc"], cola["mcc_se"]))
     assert {"acc", "acc_norm", "f1", "mcc"} < {key for name in names for key in ours[name]["logprob"]}
     assert len({round(ours[name]["logprob"]["score"], 6) for name in names}) > 3
 
@@ -154,6 +157,40 @@ def test_rewards_are_those_of_the_same_texts_as_pairs(script, runs, tasks_dir, t
     wins = sum(int(a < b) == row["label"] for (a, b), row in zip(answers, rows_of("piqa_val")))
     assert results["tasks"]["local_piqa"]["reward"]["acc"] == pytest.approx(wins / 14)
     assert "acc_norm" not in results["tasks"]["local_piqa"]["reward"]  # a reward by characters says nothing
+
+
+@needs_harness
+def test_prompts_go_through_a_chat_template_once(tasks_dir, tmp_path, monkeypatch):
+    """By log-probability as in lm-eval's own --apply_chat_template; by reward as a message and its
+    answer."""
+    from transformers import LlamaForSequenceClassification
+
+    tokenizer = models.byte_tokenizer(chat_template=CHAT)
+    language_model = models.tiny_llama(len(tokenizer), max_position_embeddings=512)
+    folder = models.save(language_model, tokenizer, tmp_path / "lm")
+    evaluate, said = tasks.evaluate, []
+    monkeypatch.setattr(tasks, "evaluate", lambda *words, **more: said.append(evaluate(*words, **more)) or said[-1])
+    ours = tasks.run_tasks(str(folder), "lm", "piqa", "logprob", str(tasks_dir), limit=4, chat=True)
+    theirs = own_numbers(folder, ["local_piqa"], tasks_dir, limit=4, apply_chat_template=True)
+    for a, b in zip(said[0]["samples"]["local_piqa"], theirs["samples"]["local_piqa"]):
+        assert a["arguments"] == b["arguments"]
+        assert [x for x, _ in a["filtered_resps"]] == [x for x, _ in b["filtered_resps"]]
+        assert a["arguments"][0][0].endswith("\nAnswer:</s>\n[assistant]")
+    assert ours["tasks"]["local_piqa"]["logprob"]["acc"] == theirs["results"]["local_piqa"]["acc,none"]
+
+    torch.manual_seed(1)
+    language_model.config.num_labels = 1
+    judge = LlamaForSequenceClassification(language_model.config).eval()
+    folder = models.save(judge, tokenizer, tmp_path / "judge")
+    tasks.run_tasks(str(folder), "judge", "piqa", "reward", str(tasks_dir), limit=4, chat=True)
+    for sample in said[1]["samples"]["local_piqa"]:
+        for (context, choice), (reward, _) in zip(sample["arguments"], sample["filtered_resps"]):
+            turns = [{"role": "user", "content": context}, {"role": "assistant", "content": choice.strip()}]
+            text = tokenizer.apply_chat_template(turns, tokenize=False)
+            ids = tokenizer(text, add_special_tokens=False).input_ids
+            with torch.no_grad():
+                expected = judge.score(judge.model(torch.tensor([ids])).last_hidden_state[0, -1]).item()
+            assert reward == pytest.approx(expected, abs=1e-4)
 
 
 @needs_harness
