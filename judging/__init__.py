@@ -1,1 +1,1 @@
-"""What is said of a model by running it on a file: scores of rows."""
+"""What is said of a model by running it: scores of pairs, answers, tasks, perplexity, win rates."""

@@ -18,6 +18,7 @@ from common.files import append_json_line, plain, read_rows, write_text
 from common.generate import decode_completion, sample
 from common.models import length_limit, load_model, load_tokenizer, load_weights, resolve_model, sha256_of_model
 from common.oracle import plain_rewards
+from judging.heads import refuse_classifier
 from rewards.prompts import prompt_of_row
 from tokens.encode import encode_row
 
@@ -56,6 +57,7 @@ def answer_file(
     rows = read_rows(prompts)
     texts = [prompt_of_row(where, row) for where, row in rows]  # a missing column stops here, before any work
     folder = resolve_model(model_name)
+    refuse_classifier(model_name, folder, "--generate")
     head = load_weights(folder, "score.weight").get("score.weight")
     if best_of > 1 and head is None:
         raise InputError(f"--best-of {best_of}: {model_name} has no reward head; a run of dph.py has one.")

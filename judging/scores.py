@@ -18,8 +18,10 @@ from common.fields import is_unicode, pair_of_row, refuse_half_pair
 from common.files import plain, read_rows, write_text
 from common.generate import is_tiny
 from common.metrics import accuracy
-from common.models import length_limit, load_model, load_tokenizer, load_weights, resolve_model
-from common.oracle import plain_logps, plain_rewards
+from common.models import length_limit, load_tokenizer, resolve_model
+from common.oracle import plain_logps
+from judging.heads import is_run, load_parts, rewards_of
+from judging.reward_bench import print_subsets
 from tokens.encode import encode_row
 
 SCORES = ("chosen_logps", "rejected_logps", "chosen_tokens", "rejected_tokens")
@@ -55,34 +57,39 @@ def score_file(
         templates.check_chat(tokenizer, is_toy=False)
     elif hint := templates.hint(tokenizer, (row[0] for row, _ in sides if row)):
         print(hint)
-    model = load_model(folder, "cuda" if torch.cuda.is_available() else "cpu", tokenizer).eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, reward, has_logps = load_parts(model_name, folder, tokenizer, device)
     if is_tiny(model) and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
-    max_length = length_limit(max_length, model)
-    # [1, hidden] where the folder is a dph.py run, or another reward model
-    head = load_weights(folder, "score.weight").get("score.weight")
-    lines, encoded, reasons = [], {}, Counter()
+    max_length = length_limit(max_length, model, None if has_logps else tokenizer)
+    # Others' reward models are read at the text's end; a run was trained with an EOS there.
+    encoded, reasons = encode_sides(tokenizer, sides, max_length, chat, add_eos=has_logps or is_run(folder))
+    names = SCORES if reward is None else SCORES + REWARDS
+    lines = [{"row": number, **dict.fromkeys(names)} for number in range(len(rows))]
+    for number, reason in reasons.items():
+        lines[number]["reason"] = reason
+    pad_id = tokenizer.pad_token_id
+    for number, scores in score_answers(model if has_logps else None, reward, encoded, pad_id, batch_size).items():
+        for name, values in scores.items():
+            lines[number] |= dict(zip(PAIRS[name], split_sides(sides[number][0], values)))
+    write_text(output, "".join(json.dumps(plain(line), allow_nan=False) + "\n" for line in lines))
+    print_subsets([row for _, row in rows], lines)
+    say_scores(lines, Counter(reasons.values()), output, has_logps)
+
+
+def encode_sides(tokenizer, sides: list[tuple], max_length: int, chat: bool, add_eos: bool) -> tuple[dict, dict]:
+    """(token ids of each row that can be used, the reason of each other one), by its number."""
+    encoded, reasons = {}, {}
     for number, (row, reason) in enumerate(sides):
         if row:
             prompt, *answers = row
             answers = [answer for side in answers for answer in (side if isinstance(side, tuple) else [side])]
-            ids, reason, _ = encode_row(tokenizer, prompt, answers, max_length, chat)
+            ids, reason, _ = encode_row(tokenizer, prompt, answers, max_length, chat, add_eos)
         if reason:
-            reasons[reason] += 1
+            reasons[number] = reason
         else:
             encoded[number] = ids
-        lines.append({"row": number, **dict.fromkeys(SCORES if head is None else SCORES + REWARDS)})
-        lines[-1] |= {"reason": reason} if reason else {}
-    order = sorted(encoded, key=lambda number: row_length(encoded[number]))
-    step = max(1, batch_size // 2)
-    for start in range(0, len(order), step):
-        numbers = order[start : start + step]
-        chunk = [encoded[number] for number in numbers]
-        for number, scores in zip(numbers, score_answers(model, head, chunk, tokenizer.pad_token_id, batch_size)):
-            for name, values in scores.items():
-                lines[number] |= dict(zip(PAIRS[name], split_sides(sides[number][0], values)))
-    write_text(output, "".join(json.dumps(plain(line), allow_nan=False) + "\n" for line in lines))
-    say_scores(lines, len(encoded), reasons, output)
+    return encoded, reasons
 
 
 def sides_of_row(where: str, row: dict) -> tuple[tuple | None, str | None]:
@@ -127,19 +134,21 @@ def split_sides(row: tuple, values: list) -> list:
     ]
 
 
-def score_answers(model, head, rows: list[dict], pad_id: int, batch_size: int) -> list[dict]:
-    """What is known of the answers of each row: {"logps", "tokens", "reward"}, a value for each
-    answer, chosen ones first."""
-    sequences = [(row["prompt"], ids) for row in rows for ids in row["completions"]]
-    logps = iter(plain_logps(model, sequences, pad_id, batch_size).tolist())
-    scores = []
-    for row in rows:
-        scores.append(
-            {"logps": [next(logps) for _ in row["completions"]], "tokens": list(map(len, row["completions"]))}
-        )
-        if head is not None:
-            pairs = [(row["prompt"], ids) for ids in row["completions"]]
-            scores[-1]["reward"] = plain_rewards(model, head, pairs)
+def score_answers(model, reward, rows: dict[int, dict], pad_id: int, batch_size: int) -> dict[int, dict]:
+    """What is known of the answers of each row, by its number: {"tokens", "logps" of a language
+    model, "reward" where there is one}, a value for each answer, chosen ones first."""
+    scores = {number: {"tokens": list(map(len, row["completions"]))} for number, row in rows.items()}
+    order = sorted(rows, key=lambda number: row_length(rows[number]))
+    sequences = [(rows[number]["prompt"], ids) for number in order for ids in rows[number]["completions"]]
+    columns = {}
+    if model is not None and sequences:
+        columns["logps"] = plain_logps(model, sequences, pad_id, batch_size).tolist()
+    if reward is not None:
+        columns["reward"] = rewards_of(reward, sequences)
+    for name, values in columns.items():
+        values = iter(values)
+        for number in order:
+            scores[number][name] = [next(values) for _ in rows[number]["completions"]]
     return scores
 
 
@@ -156,10 +165,10 @@ def share_above(lines: list[dict], chosen: str, rejected: str) -> str:
     return "-" if share is None else f"{share:.3f}"
 
 
-def say_scores(lines: list[dict], scored: int, reasons: Counter, output: Path) -> None:
+def say_scores(lines: list[dict], reasons: Counter, output: Path, has_logps: bool) -> None:
     """The line at the end."""
     dropped = "".join(f", {n:,} dropped ({reason})" for reason, n in reasons.most_common())
-    shares = f"Preference accuracy {share_above(lines, 'chosen_logps', 'rejected_logps')}"
-    if "chosen_reward" in lines[0]:
-        shares += f", reward accuracy {share_above(lines, 'chosen_reward', 'rejected_reward')}"
-    print(f"{len(lines):,} rows, {scored:,} scored{dropped}. {shares}. Written to {output}.")
+    shares = [("preference", *PAIRS["logps"])] * has_logps + [("reward", *REWARDS)] * ("chosen_reward" in lines[0])
+    words = ", ".join(f"{name} accuracy {share_above(lines, *sides)}" for name, *sides in shares)
+    scored = len(lines) - reasons.total()
+    print(f"{len(lines):,} rows, {scored:,} scored{dropped}. {words.capitalize()}. Written to {output}.")

@@ -94,6 +94,32 @@ def calibration_error(probabilities: torch.Tensor, answers: torch.Tensor) -> flo
     right = torch.zeros_like(probabilities).scatter_(1, answers[:, None].long(), 1.0)
     there = ~probabilities.isnan()
     p, right = probabilities[there].double(), right[there].double()
-    bins = (p * 10 + 1e-6).floor().long().clamp(0, 9)  # float32 .7 * 10 is a little below 7
+    bins = bins_of(p)
     gaps = [(right[bins == b].mean().item() - (b + 0.5) / 10) ** 2 for b in range(10) if bool((bins == b).any())]
     return sum(gaps) / len(gaps) if gaps else math.nan
+
+
+def expected_calibration_error(probabilities: torch.Tensor, answers: torch.Tensor) -> float:
+    """Expected calibration error (Guo et al. 2017, arXiv 1706.04599, equation 3) with ten bins:
+    each question goes into a bin [lo, lo + .1), the last one closed, by its largest probability;
+    the sum over bins of (share of all questions in it) * |share answered right - mean largest
+    probability|.
+
+    Args: as for `calibration_error`. Of equally probable choices the first one counts. In shares: 0
+        is best, 1 worst.
+    """
+    if probabilities.dim() != 2 or answers.shape != probabilities.shape[:1]:
+        shapes = f"{tuple(probabilities.shape)} and {tuple(answers.shape)}"
+        raise ValueError(f"expected probabilities [questions, choices] and answers [questions], got {shapes}")
+    if not len(answers):
+        return math.nan
+    confidence, picked = probabilities.double().nan_to_num(-1.0).max(1)
+    right, bins = (picked == answers).double(), bins_of(confidence)
+    parts = [bins == b for b in range(10)]
+    gaps = [(right[part].mean() - confidence[part].mean()).abs() * part.double().mean() for part in parts if part.any()]
+    return torch.stack(gaps).sum().item()
+
+
+def bins_of(probabilities: torch.Tensor) -> torch.Tensor:
+    """Which of ten bins [lo, lo + .1) a probability belongs to, the last one closed."""
+    return (probabilities * 10 + 1e-6).floor().long().clamp(0, 9)  # float32 .7 * 10 is a little below 7

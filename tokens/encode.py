@@ -10,7 +10,7 @@ from chat.templates import chat_ids
 from common.batches import Rows
 
 
-def encode_row(tokenizer, prompt, answers: list, max_length: int, chat: bool = False):
+def encode_row(tokenizer, prompt, answers: list, max_length: int, chat: bool = False, add_eos: bool = True):
     """Token ids of one prompt and its answers.
 
     Args:
@@ -20,12 +20,13 @@ def encode_row(tokenizer, prompt, answers: list, max_length: int, chat: bool = F
         answers: strings or lists of messages; none where only the prompt is asked for.
         max_length: limit in tokens for the prompt and one completion; completions lose their end.
         chat: strings go through the template too.
+        add_eos: whether an EOS is put behind each answer that does not end in one.
 
     Returns:
         ({"prompt": ids, "completions": [ids, ...]}, None, moved), or (None, reason, False).
         `moved`: the boundary had to be moved to the left, because a token would have crossed it, or
-        the template does not keep its generation prompt. One EOS ends each completion that was not
-        cut.
+        the template does not keep its generation prompt. With `add_eos` one EOS ends each
+        completion that was not cut.
     """
     eos = tokenizer.eos_token_id
     if chat and isinstance(prompt, str):
@@ -41,7 +42,7 @@ def encode_row(tokenizer, prompt, answers: list, max_length: int, chat: bool = F
         return None, "prompt and answers share no token", False
     if boundary >= max_length:
         return None, "the prompt alone fills max_length", False
-    whole = [ids if done else [*ids, eos] for ids, done in zip(whole, ended)]
+    whole = [ids if done or not add_eos else [*ids, eos] for ids, done in zip(whole, ended)]
     completions = [ids[boundary:max_length] for ids in whole]
     # A tokenizer that ends every text in EOS puts one behind the prompt: no boundary moved.
     own = len(prompt_ids) - (prompt_ids[-1] == eos)

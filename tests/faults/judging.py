@@ -40,4 +40,32 @@ TABLE = [
         "torch.diag(torch.tensor([0.0, 1e-9], dtype=torch.float64))",
         JUDGING + "test_lengths_that_tell_wins_apart_end_in_numbers",
     ),
+    Mutant(
+        "judging: windows of a text predict tokens twice",
+        ("judging/perplexity.py",),
+        "for begin in (0, *range(context, len(ids), stride))]",
+        "for begin in (0, *range(stride, len(ids), stride))]",
+        "test_tasks.py::test_perplexity_of_a_model_that_is_known",
+    ),
+    Mutant(
+        "judging: a suite counts the parts of a task",
+        ("judging/tasks.py",),
+        'scores.append(sum(part["score"] for part in found) / len(found))',
+        'scores += [part["score"] for part in found]',
+        "test_tasks.py::test_averages_by_hand",
+    ),
+    Mutant(
+        "judging: ties without the single right answer's margin",
+        ("judging/reward_bench.py",),
+        'parts["preferred_hard"] = mean([min(ref, tied) > spread',
+        'parts["preferred_hard"] = mean([tied > spread',
+        "test_reward_bench.py::test_ties_by_hand",
+    ),
+    Mutant(
+        "judging: a classifier looks for padding in a text alone",
+        ("judging/heads.py",),
+        "model.config.pad_token_id = None",
+        "model.config.pad_token_id = tokenizer.pad_token_id",
+        "test_reward_bench.py::test_reward_models_of_others_are_read_at_the_text_s_end",
+    ),
 ]
