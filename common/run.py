@@ -71,6 +71,9 @@ def start_run(args, script: str):
     for name, (holds, expected) in RANGES.items():
         if hasattr(args, name) and not holds(getattr(args, name)):
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {expected}.")
+    for source in filter(None, (args.data, getattr(args, "eval_data", None))):
+        if files.is_row_file(source) and not Path(source).exists():  # before the toy's base model is built
+            raise InputError(f"{source}: no such file.")
     lora.check_arguments(args)
     refuse_read_only(Path(args.output_dir))
     check_tracker(args.track)
