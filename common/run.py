@@ -86,7 +86,7 @@ def start_run(args, script: str):
 
 
 def default_learning_rate(args) -> float:
-    """Where --lr is not given: what suits the toy, models made from scratch, and pretrained ones."""
+    """Without --lr: what suits the toy, models made from scratch, and pretrained ones."""
     sizes = {"toy": 1e-3, "tiny": 1e-2, "mini": 1e-2, "small": 1e-2}
     return sizes.get(args.model, 1e-3 if hasattr(args, "context") else 1e-5)
 
@@ -374,7 +374,7 @@ class Run:
         self._window = [*self._window, *steps][-self._args.log_every :]
 
     def pin_sources(self, model_folder: str, data_sha256: str) -> None:
-        """Keeps hashes of the rows and weights; InputError where those of a resumed run are others."""
+        """Keeps hashes of rows and weights; InputError where those of a resumed run are others."""
         self._sources = current = facts.sources(model_folder, data_sha256)
         self._sources = self.cached_json("sources", lambda: current)
         for name, what in (("data_sha256", "rows of the data"), ("model_sha256", "weights of the model")):

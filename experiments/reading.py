@@ -1,8 +1,8 @@
 """One pair of the toy world through dpo.py, from text to gradient: the numbers of docs/reading.md.
 
-    python -m experiments.reading                                           prints them
+    python -m experiments.reading                                         prints them
     python -m experiments.reading --rejected " it is paris , you fool ."    for a pair of your own
-    python -m tests.pages --fix                                             writes them into the page
+    python -m tests.pages --fix                                           writes them into the page
 
 Text and tokens are the toy's. The model is a smaller one, made here in seconds: float64, numbers of
 Python's own generator, plain gradient steps. Another version of torch or another processor changes

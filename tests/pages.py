@@ -93,7 +93,7 @@ def sections_of(lines: list[str], tree: ast.Module) -> list[int]:
 
 
 def hunks_of(root: Path, a: str, b: str) -> list[tuple[int, str, list[str]]]:
-    """(section, part, lines with - or + before them) of each stretch in which two scripts differ."""
+    """(section, part, lines with - or + before them) of each stretch where two scripts differ."""
     (old, old_tree), (new, new_tree) = tree_of(root, a), tree_of(root, b)
     old_owners, new_owners = owners_of(old, old_tree), owners_of(new, new_tree)
     (i0, *old_ends), (k0, *new_ends) = sections_of(old, old_tree), sections_of(new, new_tree)
