@@ -365,12 +365,13 @@ def step_block(before: Pass, after: Pass) -> str:
 
 
 def moved_block(walk: Walk, model) -> str:
-    """Change of each token's log-probability by the step."""
-    old, new = token_logps(walk, walk.reference), token_logps(walk, model)
-    changes = [[b - a for a, b in zip(*sides)] for sides in zip(old, new)]
-    cells = tuple([number(x, sign=True) for x in side] for side in changes)
-    sums = ["sum", "", number(sum(changes[0]), sign=True), "", number(sum(changes[1]), sign=True)]
-    return side_by_side(walk, ["change"], [cells], sums)
+    """The tokens whose log-probability the step changed."""
+    old, new, lines = token_logps(walk, walk.reference), token_logps(walk, model), []
+    for name, ids, before, after in zip(("chosen", "rejected"), walk.row["completions"], old, new):
+        changes = [number(b - a, sign=True) for a, b in zip(before, after)]
+        moved = [f"{word} {change}" for word, change in zip(walk.words(ids), changes) if change != number(0.0)]
+        lines.append(f"{name:<10}" + "   ".join(moved))
+    return fenced(lines)
 
 
 def slope_at(loss, margin: float, beta: float) -> float:
@@ -418,10 +419,9 @@ def cdpo_block() -> str:
         return cdpo.cdpo_loss(*args, cdpo.Args.label_smoothing)
 
     rows = []
-    for margin in MARGINS:
-        slopes = [slope_at(loss, margin, dpo.Args.beta) for loss in (dpo.dpo_loss, smoothed)]
-        rows.append([number(margin), *(number(x, sign=True) for x in slopes)])
-    return table(["beta h", "DPO: d loss / d log pi(y_w\\|x)", "cDPO"], rows)
+    for name, loss in (("DPO", dpo.dpo_loss), ("cDPO", smoothed)):
+        rows.append([name, *(number(slope_at(loss, margin, dpo.Args.beta), sign=True) for margin in MARGINS)])
+    return table(["d loss / d log pi(y_w\\|x) at beta h =", *map(number, MARGINS)], rows)
 
 
 def dph_block(look: dict[int, tuple]) -> str:
