@@ -36,10 +36,7 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 ROOT = Path(__file__).resolve().parent.parent
 TINY = llama_shape(32, 64, layers=2, heads=2) | {"vocab_size": 512, "tie_word_embeddings": True}
 TINY |= {"max_position_embeddings": 4096}
-SCRIPTS = (
-    *("dpo", "cdpo", "typo", "dph", "pointwise_dpo", "ulma", "sft", "reward_model", "superhf", "ppo"),
-    *(f"{kind}_pretrain" for kind in ("mle", "filtered", "conditional", "unlikelihood", "rwr", "awr")),
-)
+SCRIPTS = sorted((path.stem for path in ROOT.glob("*.py")), key=lambda name: (name.endswith("_pretrain"), name))
 
 
 def say(**values) -> None:

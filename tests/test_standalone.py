@@ -16,13 +16,15 @@ from pathlib import Path
 import pytest
 
 from tests import house
+from tests.house import FAMILIES
+from tests.runs import start_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 
-# Loss summed over the two rows where the policy is the reference and a reward head is zero. typo:
-# with log-probabilities alone, see `plain`.
-START = {"dpo": 2 * math.log(2), "cdpo": 2 * math.log(2), "dph": 2 * (2 * math.log(2) + math.log(2)), "typo": None}
+# Loss of each pair where the policy is the reference and a reward head is zero. None: known from
+# log-probabilities alone, see `plain`.
+START = {script: start_of(script) for script in FAMILIES["pairs"]}
 
 # What every program below begins with, inside the empty folder, in a process of its own: what is
 # blocked here must not be blocked for the other tests.
@@ -303,7 +305,7 @@ def test_the_loss_runs_on_a_batch_made_by_hand(alone, script):
     done = alone(script, "-c", BEGIN + SETUP + PROGRAM, script)
     assert done.returncode == 0, done.stderr
     losses = json.loads(done.stdout)
-    expected = losses["plain"] if START[script] is None else START[script]
+    expected = losses["plain"] if START[script] is None else 2 * START[script]
     assert losses["start"] == pytest.approx(expected, abs=2e-5)
     assert losses["start, shared"] == pytest.approx(expected, abs=2e-5)
     assert losses["moved"] != pytest.approx(expected, abs=1e-2)
