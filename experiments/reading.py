@@ -14,7 +14,7 @@ import math
 import random
 import sys
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -70,12 +70,15 @@ def new_model(tokenizer):
     return model
 
 
-def train_model(tokenizer, steps: int = 600, batch: int = 32, peak: float = 0.5):
-    """The model after `steps` of momentum on lines of the toy's corpus, the loss on answers only.
+@cache
+def trained_model(steps: int = 600, batch: int = 32, peak: float = 0.5):
+    """(model, tokenizer) after `steps` of momentum on lines of the toy's corpus, the loss on answers
+    only.
 
     No Adam: where a gradient is rounding alone it would make steps as large as any other's.
     """
-    model, rng, rows = new_model(tokenizer), random.Random(1), world.questions()
+    tokenizer, rng, rows = world.build_tokenizer(), random.Random(1), world.questions()
+    model = new_model(tokenizer)
     optimizer = torch.optim.SGD(model.parameters(), lr=peak, momentum=0.9)
     prompts = [tokenizer(world.prompt_of(row)).input_ids for row in rows]
     for step in range(steps):
@@ -94,7 +97,7 @@ def train_model(tokenizer, steps: int = 600, batch: int = 32, peak: float = 0.5)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    return model
+    return model.eval(), tokenizer
 
 
 @torch.no_grad()
@@ -154,14 +157,14 @@ def walk_of(args: Args) -> Walk:
     """The pair encoded, and the model; InputError where the toy does not know its words."""
     if args.prompt not in {world.prompt_of(row) for row in world.questions()}:
         raise InputError(f"--prompt {args.prompt!r}: expected a question of the toy world, such as {Args.prompt!r}.")
-    tokenizer = world.build_tokenizer()
+    model, tokenizer = trained_model()
     row, reason, _ = encode_row(tokenizer, args.prompt, [args.chosen, args.rejected], POSITIONS)
     if reason or args.chosen == args.rejected:
         raise InputError(f"The pair cannot be used: {reason or 'both answers are the same'}.")
     for flag, text, ids in zip(("--chosen", "--rejected"), (args.chosen, args.rejected), row["completions"]):
         if tokenizer.unk_token_id in ids:
             raise InputError(f"{flag} {text!r}: holds a word that the toy's language does not have.")
-    return Walk(args, tokenizer, train_model(tokenizer).eval(), row)
+    return Walk(args, tokenizer, model, row)
 
 
 @torch.no_grad()
@@ -243,6 +246,11 @@ def number(value: float, digits: int = 3, sign: bool = False) -> str:
     """A number as the page shows it; what rounds to zero has no sign."""
     value = 0.0 if abs(value) < 0.5 * 10**-digits else value
     return f"{value:+.{digits}f}" if sign and value else f"{value:.{digits}f}"
+
+
+def counted(steps: int) -> str:
+    """A number of steps in words."""
+    return f"{steps} step{'s' * (steps != 1)}"
 
 
 def table(heads: list[str], rows: list[list]) -> str:
@@ -428,7 +436,7 @@ def dph_block(look: dict[int, tuple]) -> str:
     names = {"reward of y_w": "rewards/chosen", "reward of y_l": "rewards/rejected", "loss": "loss"}
     passes = [now for now, _ in look.values()]
     rows = [[name, *(number(now.metrics[key], 4) for now in passes)] for name, key in names.items()]
-    return table(["", *(f"after {n} step{'s' * (n != 1)}" for n in look)], rows)
+    return table(["", *(f"after {counted(n)}" for n in look)], rows)
 
 
 def typo_block(walk: Walk, batch: dict, look: dict[int, tuple]) -> str:
@@ -437,7 +445,7 @@ def typo_block(walk: Walk, batch: dict, look: dict[int, tuple]) -> str:
     for steps, (_, model) in look.items():
         with torch.no_grad():
             kl = typo.forward_kl(typo.completion_logits(model, sample), sample["ref_logits"]).sum().item()
-        lines.append(f"{f'KL along it, {steps} steps':<30}{number(kl, 4)}")
+        lines.append(f"{'KL along it, ' + counted(steps):<30}{number(kl, 4)}")
     return fenced(lines)
 
 

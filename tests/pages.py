@@ -1,5 +1,5 @@
-"""Keeps what pages quote true: `python -m tests.pages` prints each block of a page that is not what
-it says it is, and exits 1; with --fix it writes the blocks.
+"""Keeps what pages quote true: `python -m tests.pages [docs/dpo.md ...]` prints each block that is
+not what it says it is, and exits 1; with --fix it writes the blocks.
 
 A block stands between `<!-- generated: KIND ARGUMENTS -->` and `<!-- /generated -->`. Kinds:
     diff dpo.py cdpo.py               what sets two scripts apart
@@ -21,7 +21,7 @@ from pathlib import Path
 from tests.house import FAMILIES, OPEN
 
 ROOT = Path(__file__).resolve().parent.parent
-MARK = re.compile(r"(<!-- generated: (.*?) -->\n)(.*?)(<!-- /generated -->)", re.DOTALL)
+MARK = re.compile(r"^(<!-- generated: (.*?) -->\n)(.*?)^(<!-- /generated -->)", re.DOTALL | re.MULTILINE)
 LONGEST = 64  # changed lines of a diff that is shown whole
 LOSS = 1  # of the sections of a script: the losses and compute_loss
 
@@ -154,18 +154,20 @@ def filled(root: Path, text: str) -> str:
     return MARK.sub(lambda found: f"{found[1]}{block(root, found[2])}\n{found[4]}", text)
 
 
-def pages_of(root: Path) -> list[Path]:
-    """The documents that may hold blocks."""
-    return [*sorted(root.glob("*.md")), *sorted(root.glob("docs/*.md"))]
+def pages_of(root: Path, names: tuple[str, ...]) -> list[Path]:
+    """The documents that may hold blocks, or those with these names."""
+    return [root / name for name in names] or [*sorted(root.glob("*.md")), *sorted(root.glob("docs/*.md"))]
 
 
-def check(root: Path) -> list[str]:
-    """All findings, as "file:line: sentence"."""
+def check(root: Path, names: tuple[str, ...] = ()) -> list[str]:
+    """All findings in a repository's pages, or in those with these names, as "file:line:
+    sentence".
+    """
     found = []
-    for path in pages_of(root):
+    for path in pages_of(root, names):
         text, name = path.read_text(encoding="utf-8"), path.relative_to(root).as_posix()
         blocks = list(MARK.finditer(text))
-        if len(blocks) != text.count("<!-- generated:") or len(blocks) != text.count("<!-- /generated -->"):
+        if len(re.findall(r"^<!-- /?generated", text, re.MULTILINE)) != 2 * len(blocks):
             found.append(f"{name}:1: a mark of a generated block stands alone.")
         for one in blocks:
             where = f"{name}:{text[: one.start()].count(chr(10)) + 1}"
@@ -190,9 +192,9 @@ def check_diffs_are_shown(root: Path) -> list[str]:
     return found
 
 
-def fix(root: Path) -> None:
-    """Writes the blocks of all pages; those that ask for what is not there stay."""
-    for path in pages_of(root):
+def fix(root: Path, names: tuple[str, ...] = ()) -> None:
+    """Writes the blocks; a page that asks for what is not there stays."""
+    for path in pages_of(root, names):
         text = path.read_text(encoding="utf-8")
         try:
             new = filled(root, text)
@@ -204,9 +206,12 @@ def fix(root: Path) -> None:
 
 def main() -> int:
     """Prints findings; the exit status is 1 where there are any."""
+    names = tuple(word for word in sys.argv[1:] if word != "--fix")
+    if gone := [name for name in names if not (ROOT / name).is_file()]:
+        raise SystemExit(f"{gone[0]}: there is no such page.")
     if "--fix" in sys.argv[1:]:
-        fix(ROOT)
-    found = check(ROOT)
+        fix(ROOT, names)
+    found = check(ROOT, names)
     print("\n".join(found) or "The pages say what is so.")
     return 1 if found else 0
 
