@@ -72,7 +72,7 @@ def new_model(tokenizer):
 
 @cache
 def trained_model(steps: int = 600, batch: int = 32, peak: float = 0.5):
-    """(model, tokenizer) after `steps` of momentum on lines of the toy's corpus, the loss on answers.
+    """(model, tokenizer) after `steps` of momentum on the toy's corpus, the loss on answers only.
 
     No Adam: where a gradient is rounding alone it would make steps as large as any other's.
     """
