@@ -289,7 +289,7 @@ def pairs(tiny: bool) -> None:
     """dpo beside TRL in bfloat16, by model and length; what fails says so and the rest goes on."""
     systems = {"ours": ours}
     if importlib.util.find_spec("trl") is None:
-        say(note="TRL is not installed (pip install trl): ours alone is measured")
+        say(note="TRL is not installed (pip install trl, see requirements-optional.txt): ours alone is measured")
     else:
         tuned = {"gradient_checkpointing": False, "precompute_ref_log_probs": True}
         systems["TRL"], systems["TRL, tuned"] = trl, partial(trl, **tuned)

@@ -72,7 +72,8 @@ def start_run(args, script: str):
         if hasattr(args, name) and not holds(getattr(args, name)):
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {expected}.")
     for source in filter(None, (args.data, getattr(args, "eval_data", None))):
-        if files.is_row_file(source) and not Path(source).exists():  # before the toy's base model is built
+        # At once, before the toy's base model is built; names with a colon are no files.
+        if ":" not in source and files.is_row_file(source) and not Path(source).exists():
             raise InputError(f"{source}: no such file.")
     lora.check_arguments(args)
     refuse_read_only(Path(args.output_dir))
@@ -266,8 +267,7 @@ class Run:
         return value
 
     def _is_cached(self, path: Path) -> bool:
-        """Whether a resumed run has this file. After a step the model is another one, and the value
-        cannot be computed again."""
+        """Whether a resumed run has this file; after a step its value cannot be computed again."""
         self._make_folder()
         if self.checkpoint and not path.exists():
             raise InputError(f"{path} is missing; {checkpoints.AGAIN}.")
