@@ -14,10 +14,10 @@ TABLE = [
     ),
     Mutant(
         "refusals: a script alone names some of what it needs",
-        ("dpo.py", "ulma.py", "mle_pretrain.py"),
+        ("dpo.py",),
         "adapters/, chat/, common/",
         "adapters/, common/",
-        "test_standalone.py::test_started_alone_it_names_all_that_it_needs_in_one_sentence",
+        "test_standalone.py::test_started_alone_it_names_all_that_it_needs_in_one_sentence[dpo]",
     ),
     Mutant(
         "refusals: missing weights stay random",
