@@ -13,13 +13,6 @@ TABLE = [
         REFUSALS + "test_a_missing_file_of_rows_is_refused_before_the_toys_base_model_is_built",
     ),
     Mutant(
-        "refusals: a script alone names some of what it needs",
-        ("dpo.py",),
-        "adapters/, chat/, common/",
-        "adapters/, common/",
-        "test_standalone.py::test_started_alone_it_names_all_that_it_needs_in_one_sentence[dpo]",
-    ),
-    Mutant(
         "refusals: missing weights stay random",
         ("common/models.py",),
         'refuse_missing(f"--model {folder}", loading["missing_keys"])',
