@@ -259,7 +259,8 @@ def main(args: Args) -> None:
         from common.run import start_run
         from toy.base import judge_of
     except ImportError as error:
-        raise SystemExit(f"Training needs adapters/, common/ and toy/ beside this file. ({error})") from None
+        needs = "adapters/, attention/, chat/, common/, report/, tokens/ and toy/"
+        raise SystemExit(f"Training needs {needs} beside this file. ({error})") from None
     run, args = start_run(args, __file__)
 
     # The policy, which before its first step is also the reference.
@@ -285,8 +286,7 @@ def main(args: Args) -> None:
 
     # [method]
     # The reference's log-probabilities become columns of the rows before the first step.
-    numbers = {"beta": args.beta, "label_smoothing": args.label_smoothing}
-    compute = partial(models.bind_forward(model, compute_loss), **numbers)
+    compute = partial(models.bind_forward(model, compute_loss), beta=args.beta, label_smoothing=args.label_smoothing)
     predict_logps = partial(run.predict, models.bind_forward(model, completion_logps), batch_of)  # rows -> [rows, 2]
     ref_logps = run.cached_tensors("reference", lambda: {name: predict_logps(rows) for name, rows in splits.items()})
     for name, rows in splits.items():

@@ -222,7 +222,8 @@ def main(args: Args) -> None:
         from pretraining import baseline, chunks, corpus, evaluate, flops, scorers
         from pretraining.models import choose_output_layer, load_start
     except ImportError as error:
-        raise SystemExit(f"Training needs common/, pretraining/ and toy/ beside this file. ({error})") from None
+        needs = "adapters/, attention/, chat/, common/, pretraining/, report/ and toy/"
+        raise SystemExit(f"Training needs {needs} beside this file. ({error})") from None
     run, args = start_run(args, __file__)
     evaluate.check_models(args.teacher, args.baseline, args.attacker)
     scorer = scorers.load_scorer(args.task, args.scorer, samples=True, device=run.device)

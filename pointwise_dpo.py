@@ -345,7 +345,8 @@ def main(args: Args) -> None:
         from labelled.rows import load_labelled
         from toy.base import judge_of
     except ImportError as error:
-        raise SystemExit(f"Training needs adapters/, common/, labelled/ and toy/ beside this file. ({error})") from None
+        needs = "adapters/, attention/, chat/, common/, labelled/, report/, tokens/ and toy/"
+        raise SystemExit(f"Training needs {needs} beside this file. ({error})") from None
     run, args = start_run(args, __file__)
 
     # The policy, which before its first step is also the reference.

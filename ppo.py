@@ -554,7 +554,8 @@ def main(args: Args) -> None:
         from rewards.prompts import load_prompts
         from toy.base import judge_of
     except ImportError as error:
-        raise SystemExit(f"Training needs adapters/, common/, rewards/ and toy/ beside this file. ({error})") from None
+        needs = "adapters/, attention/, chat/, common/, report/, rewards/, tokens/ and toy/"
+        raise SystemExit(f"Training needs {needs} beside this file. ({error})") from None
     run, args = start_run(args, __file__)
 
     # The policy, the reference that it began as, and what rewards them.

@@ -164,7 +164,8 @@ def main(args: Args) -> None:
         from rewards.models import load_classifier
         from toy.base import flip_share, rank_correlation
     except ImportError as error:
-        raise SystemExit(f"Training needs adapters/, common/, rewards/ and toy/ beside this file. ({error})") from None
+        needs = "adapters/, attention/, chat/, common/, report/, rewards/, tokens/ and toy/"
+        raise SystemExit(f"Training needs {needs} beside this file. ({error})") from None
     run, args = start_run(args, __file__)
 
     # The model: one with a head already goes on, any other gets a new one that is zero.

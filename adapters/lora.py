@@ -56,7 +56,8 @@ def import_peft(rank: int):
     try:
         import peft
     except ImportError as error:
-        raise InputError(f"--lora-rank {rank}: needs peft ({first_line(error)}); pip install peft") from None
+        how = "pip install peft (see requirements-optional.txt)"
+        raise InputError(f"--lora-rank {rank}: needs peft ({first_line(error)}); {how}") from None
     return peft
 
 

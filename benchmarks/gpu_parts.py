@@ -36,10 +36,7 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 ROOT = Path(__file__).resolve().parent.parent
 TINY = llama_shape(32, 64, layers=2, heads=2) | {"vocab_size": 512, "tie_word_embeddings": True}
 TINY |= {"max_position_embeddings": 4096}
-SCRIPTS = (
-    *("dpo", "cdpo", "typo", "dph", "pointwise_dpo", "ulma", "sft", "reward_model", "superhf", "ppo"),
-    *(f"{kind}_pretrain" for kind in ("mle", "filtered", "conditional", "unlikelihood", "rwr", "awr")),
-)
+SCRIPTS = sorted((path.stem for path in ROOT.glob("*.py")), key=lambda name: (name.endswith("_pretrain"), name))
 
 
 def say(**values) -> None:
@@ -292,7 +289,7 @@ def pairs(tiny: bool) -> None:
     """dpo beside TRL in bfloat16, by model and length; what fails says so and the rest goes on."""
     systems = {"ours": ours}
     if importlib.util.find_spec("trl") is None:
-        say(note="TRL is not installed (pip install trl): ours alone is measured")
+        say(note="TRL is not installed (pip install trl, see requirements-optional.txt): ours alone is measured")
     else:
         tuned = {"gradient_checkpointing": False, "precompute_ref_log_probs": True}
         systems["TRL"], systems["TRL, tuned"] = trl, partial(trl, **tuned)

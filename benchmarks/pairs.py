@@ -300,7 +300,7 @@ def checked(args: Args) -> Args:
     if args.device == "auto":
         args = replace(args, device="cuda" if torch.cuda.is_available() else "cpu")
     if set(args.systems) != {"ours"} and "trl" not in versions():
-        needs = "The comparison needs TRL, which is a package for development: pip install trl."
+        needs = "The comparison needs TRL: pip install trl (see requirements-optional.txt)."
         raise InputError(f"{needs} Without it: --systems ours.")
     return args
 

@@ -245,7 +245,8 @@ def run_trl(job: Job, steps: list[list[dict]], device: torch.device) -> tuple[Me
 
         trainer_class = trl_trainer_class(measured, device)
     except ImportError as error:
-        raise InputError(f"The comparison needs TRL: pip install trl; without it --systems ours. ({error})") from None
+        how = "pip install trl (see requirements-optional.txt), or --systems ours"
+        raise InputError(f"The comparison needs TRL: {how}. ({error})") from None
     from transformers import AutoTokenizer, TrainerCallback
 
     class Clock(TrainerCallback):

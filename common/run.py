@@ -71,6 +71,10 @@ def start_run(args, script: str):
     for name, (holds, expected) in RANGES.items():
         if hasattr(args, name) and not holds(getattr(args, name)):
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {expected}.")
+    for source in filter(None, (args.data, getattr(args, "eval_data", None))):
+        # At once, before the toy's base model is built; names with a colon are no files.
+        if ":" not in source and files.is_row_file(source) and not Path(source).exists():
+            raise InputError(f"{source}: no such file.")
     lora.check_arguments(args)
     refuse_read_only(Path(args.output_dir))
     check_tracker(args.track)
@@ -83,8 +87,7 @@ def start_run(args, script: str):
 
 
 def default_learning_rate(args) -> float:
-    """Where --lr is not given: what suits the toy's tiny model, models made from scratch, and
-    pretrained ones."""
+    """Without --lr: what suits the toy, models made from scratch, and pretrained ones."""
     sizes = {"toy": 1e-3, "tiny": 1e-2, "mini": 1e-2, "small": 1e-2}
     return sizes.get(args.model, 1e-3 if hasattr(args, "context") else 1e-5)
 
@@ -264,8 +267,7 @@ class Run:
         return value
 
     def _is_cached(self, path: Path) -> bool:
-        """Whether a resumed run has this file. After a step the model is another one, and the value
-        cannot be computed again."""
+        """Whether a resumed run has this file; after a step its value cannot be computed again."""
         self._make_folder()
         if self.checkpoint and not path.exists():
             raise InputError(f"{path} is missing; {checkpoints.AGAIN}.")
@@ -372,8 +374,7 @@ class Run:
         self._window = [*self._window, *steps][-self._args.log_every :]
 
     def pin_sources(self, model_folder: str, data_sha256: str) -> None:
-        """Keeps hashes of what the run reads; on --resume InputError where weights or rows are
-        others now."""
+        """Keeps hashes of rows and weights; InputError where those of a resumed run are others."""
         self._sources = current = facts.sources(model_folder, data_sha256)
         self._sources = self.cached_json("sources", lambda: current)
         for name, what in (("data_sha256", "rows of the data"), ("model_sha256", "weights of the model")):

@@ -217,7 +217,7 @@ def draw_figure(path: Path, draw, panels: int = 1, size: tuple[float, float] = (
     try:
         import matplotlib
     except ImportError:
-        print("\nNo figure: pip install matplotlib")
+        print("\nNo figure: pip install matplotlib (see requirements-optional.txt)")
         return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

@@ -45,7 +45,8 @@ def harness_tasks() -> Path:
     """The folder of the harness's own task files; InputError where it is not installed."""
     found = importlib.util.find_spec("lm_eval")
     if found is None or not found.submodule_search_locations:
-        raise InputError("Tasks need a package that is not installed: pip install lm_eval accelerate")
+        how = "pip install lm_eval accelerate (see requirements-optional.txt)"
+        raise InputError(f"Tasks need packages that are not installed: {how}")
     return Path(next(iter(found.submodule_search_locations))) / "tasks"
 
 

@@ -116,7 +116,8 @@ def check_harness() -> None:
     try:
         import lm_eval.models.huggingface  # noqa: F401
     except ImportError as error:
-        raise InputError(f"--tasks: lm_eval lacks a package ({first_line(error)}); pip install accelerate") from None
+        how = "pip install accelerate (see requirements-optional.txt)"
+        raise InputError(f"--tasks: lm_eval lacks a package ({first_line(error)}); {how}") from None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 

@@ -87,9 +87,8 @@ def needed(package: str, task: str):
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise InputError(
-            f"--task {task} needs a package that is not installed: pip install {package} ({error})."
-        ) from None
+        how = f"pip install {package} (see requirements-optional.txt)"
+        raise InputError(f"--task {task} needs a package that is not installed: {how}. ({error})") from None
 
 
 def version_of(module) -> str:

@@ -16,7 +16,8 @@ def check_tracker(kind: str) -> None:
         if kind != "none":
             importlib.import_module(kind)
     except ImportError:
-        raise InputError(f"--track {kind} needs a package that is not installed: pip install {kind}") from None
+        how = f"pip install {kind} (see requirements-optional.txt)"
+        raise InputError(f"--track {kind} needs a package that is not installed: {how}") from None
 
 
 def tracker(kind: str, folder: Path, args: dict):

@@ -39,7 +39,7 @@ def meteor(hypothesis: str, reference: str) -> float:
 
     Raises InputError where nltk is not installed."""
     if meteor_form() is None:
-        raise InputError("METEOR needs a package that is not installed: pip install nltk")
+        raise InputError("METEOR needs a package: pip install nltk (see requirements-optional.txt)")
     from nltk.translate.meteor_score import single_meteor_score
 
     words = [text.lower().split() for text in (hypothesis, reference)]

@@ -103,6 +103,7 @@ PROGRAMS = set(
     "pip pip3 uv git torchrun accelerate venv pytest ruff curl hf docker conda".split()
 )  # their flags are not ours
 RUN_FILES = {"script.py"}  # found in run folders, not here
+EXAMPLE_FILES = {"hinge.py", "docs/hinge.md", "tests/test_hinge.py", "tests/faults/hinge.py"}  # made by CONTRIBUTING.md
 
 
 @dataclass
@@ -447,6 +448,7 @@ def check_document(root: Path, path: Path, text: str, programs: dict[str, set[st
             else:
                 module = re.match(r"(common|tests|benchmarks|experiments)\.(\w+)", word)
                 file = f"{module[1]}/{module[2]}.py" if module else word
+                file = file.removesuffix(".py") if module and (root / module[1] / module[2]).is_dir() else file
                 folder_named = file.split("/")[0]
                 # Metrics are called rewards/chosen, data labelled/x: here only code is meant.
                 is_metric = folder_named in {"rewards", "labelled", "tokens"} and not file.endswith((".py", "/"))
@@ -455,9 +457,13 @@ def check_document(root: Path, path: Path, text: str, programs: dict[str, set[st
                     re.fullmatch(r"[\w-]+\.(py|md|toml|cff)|requirements[\w-]*\.txt|LICENSE", file)
                     and file not in RUN_FILES
                 )
-                if (inside or at_top) and not any(
-                    any(folder.glob(file)) if "*" in file else (folder / file).exists()
-                    for folder in (root, path.parent)
+                if (
+                    (inside or at_top)
+                    and file not in EXAMPLE_FILES
+                    and not any(
+                        any(folder.glob(file)) if "*" in file else (folder / file).exists()
+                        for folder in (root, path.parent)
+                    )
                 ):
                     found.append(f"{name}:{number}: there is no {word}.")
                 owner = programs.get(file, owner)

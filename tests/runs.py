@@ -4,11 +4,14 @@ in this process.
 
 import hashlib
 import importlib
+import inspect
 import json
+import math
 import multiprocessing
 import os
 import pickle
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -21,12 +24,33 @@ from common import batches, data
 from common import models as model_loading
 from report import curves
 from tests import models
+from tests.house import FAMILIES
 from toy import world
 
 ROOT = Path(__file__).resolve().parent.parent
-PAIRS = [
-    name for name in ("dpo", "cdpo", "typo", "dph") if (ROOT / f"{name}.py").exists()
-]  # scripts with the same trunk
+PAIRS = FAMILIES["pairs"]
+
+
+def start_of(script: str) -> float | None:
+    """The loss of a pair where policy and reference are the same, as the docstring of the script's
+    loss names it ("At policy = ref: log 2."); None where it names none.
+    """
+    if script == "dph":
+        return 3 * math.log(2)  # 2 log 2 of the separable loss where the head is zero, and cDPO's log 2
+    named = re.search(r"At policy = ref: (.+?)\.\s", (ROOT / f"{script}.py").read_text(encoding="utf-8"))
+    if named is None:
+        return None
+    factor, is_log, _ = named[1].partition("log 2")
+    return float(factor or 1) * (math.log(2) if is_log else 1)
+
+
+KNOWN = [name for name in PAIRS if start_of(name) is not None]  # scripts whose first loss is known
+
+
+def numbers_of(module) -> dict:
+    """The numbers that a script's `compute_loss` takes, as its command line has them by default."""
+    wanted = list(inspect.signature(module.compute_loss).parameters)[2:]  # behind model and batch
+    return {name: value for name, value in vars(module.Args()).items() if name in wanted}
 
 
 def pairs(rows: int, seed: int = 0) -> list[dict]:

@@ -181,5 +181,6 @@ def test_a_tracker_that_is_missing_leaves_nothing(kind, tmp_path, file13, llama,
     monkeypatch.setitem(sys.modules, kind, None)
     with pytest.raises((InputError, ImportError)) as caught:
         train("dpo", tmp_path / "out" / "run", model=llama, data=file13, track=kind)
-    assert str(caught.value) == f"--track {kind} needs a package that is not installed: pip install {kind}"
+    how = f"pip install {kind} (see requirements-optional.txt)"
+    assert str(caught.value) == f"--track {kind} needs a package that is not installed: {how}"
     assert not (tmp_path / "out").exists()

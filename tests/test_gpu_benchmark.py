@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from benchmarks import gpu_parts, growth, memory
-from tests.runs import ROOT, start_process
+from tests.runs import start_process
 
 # -- memory
 
@@ -122,10 +122,6 @@ def test_parts_of_the_gpus_command_run_tiny_on_a_cpu(part, capsys):
     if part == "pairs":
         ours = [line["first_loss"] for line in lines if line.get("system") == "ours"]
         assert ours == pytest.approx([math.log(2)] * 2, abs=1e-4)
-
-
-def test_every_script_is_a_part():
-    assert {path.stem for path in ROOT.glob("*.py")} == set(gpu_parts.SCRIPTS)
 
 
 def test_a_part_that_hangs_or_dies_loses_nothing_of_the_others(tmp_path, monkeypatch, capsys):

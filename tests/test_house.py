@@ -2,7 +2,9 @@
 file and line.
 """
 
+import ast
 import importlib
+import re
 import shutil
 import subprocess
 import sys
@@ -307,3 +309,23 @@ def test_help_fits_a_terminal_of_100_columns(script, capsys, monkeypatch):
     assert "\n\n\n" not in text
     for name in vars(module.Args()):
         assert f"--{name.replace('_', '-')}" in text
+
+
+# What the packages of requirements.txt bring with them.
+BROUGHT = "torch transformers datasets tyro numpy tqdm pyarrow jinja2 safetensors tokenizers huggingface_hub".split()
+
+
+def test_optional_packages_stand_in_one_file_and_messages_name_no_others():
+    lines = (house.ROOT / "requirements-optional.txt").read_text(encoding="utf-8").splitlines()
+    listed = {line.split(">")[0] for line in lines if line and not line.startswith("#")}
+    folders = ("", *(f"{name}/" for name in (*house.PACKAGES, "experiments", "benchmarks")))
+    sources = [path.read_text(encoding="utf-8") for name in folders for path in house.ROOT.glob(f"{name}*.py")]
+    ours = {path.stem for path in house.ROOT.glob("*.py")} | set(house.FOLDERS)
+    imported = {module for source in sources for _, module in house.imports_of(ast.parse(source))}
+    imported -= ours | set(BROUGHT) | set(sys.stdlib_module_names)
+    assert imported | {"tensorboard", "accelerate"} == listed  # imported by torch and lm_eval
+    named = {name for source in sources for name in re.findall(r"pip install (\w+)", source)}
+    assert named
+    assert named <= listed
+    for source in sources:
+        assert source.count("pip install ") == source.count("requirements-optional.txt)")

@@ -19,6 +19,7 @@ from common.files import read_rows
 from common.run import Run
 from labelled import rows as labelled_rows
 from tests import models
+from tests.house import FAMILIES
 from tests.runs import (
     CHAT,
     SHORT,
@@ -34,7 +35,7 @@ from tests.runs import (
 )
 from toy import base, world
 
-LABELLED = ["pointwise_dpo", "ulma"]
+LABELLED = FAMILIES["labelled answers"]
 ALL = [*LABELLED, "sft"]
 
 

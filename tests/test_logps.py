@@ -3,7 +3,6 @@ Llama, in every layout.
 """
 
 import importlib
-import math
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from common import batches, data, oracle
 from common import models as model_loading
 from common.oracle import plain_logps, sequences_of
 from tests.models import bigram_logps, bigram_model, random_table, tiny_gpt2, tiny_llama
-from tests.runs import EXAMPLES, PAIRS, toy_examples
+from tests.runs import EXAMPLES, KNOWN, PAIRS, numbers_of, start_of, toy_examples
 
 LAYOUTS = ("shared", "rows", "model_head")
 every_script = pytest.mark.parametrize("script", PAIRS)
@@ -348,24 +347,15 @@ def test_float64_stays_float64():
 
 # -- step 0
 
-# TYPO has no reference in its first term, so nothing is known of its first loss.
-START = {
-    "dpo": math.log(2),
-    "cdpo": math.log(2),
-    "dph": 3 * math.log(2),
-}  # dph: separable loss at rewards 0, and cDPO's log 2
 
-NUMBERS = {"dpo": {"beta": 0.3}, "cdpo": {"beta": 0.3, "label_smoothing": 0.1}, "dph": {}}
-
-
-@pytest.mark.parametrize("script", START)
+@pytest.mark.parametrize("script", KNOWN)
 @every_layout
 def test_step_0_is_log_2_with_a_reference_computed_independently(script, layout, folder):
     """The reference's numbers come from the oracle and a model loaded for itself; a perturbed
     reference shows that the test can fail.
     """
     module = importlib.import_module(script)
-    examples, numbers = toy_examples(folder), NUMBERS[script]
+    examples, numbers = toy_examples(folder), numbers_of(module)
     model = model_loading.load_model(folder, "cpu")
     model = module.add_head(model, {}) if script == "dph" else model
     model.train()
@@ -380,17 +370,17 @@ def test_step_0_is_log_2_with_a_reference_computed_independently(script, layout,
 
     reference = model_loading.load_model(folder, "cpu").eval()
     loss, metrics = step_0(reference)
-    assert loss == pytest.approx(START[script], abs=1e-4)
+    assert loss == pytest.approx(start_of(script), abs=1e-4)
     for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
         assert abs(metrics[name].item()) < 1e-3
     with torch.no_grad():
         for parameter in reference.parameters():
             parameter.mul_(1.05)
     loss, _ = step_0(reference)
-    assert abs(loss - START[script]) > 0.01
+    assert abs(loss - start_of(script)) > 0.01
 
 
-@pytest.mark.parametrize("script", START)
+@pytest.mark.parametrize("script", KNOWN)
 def test_dropout_in_the_configuration_would_show(script, tiny_gpt2):
     """The control to the test above: with GPT-2's own dropout on, the first loss is not log 2."""
     from transformers import AutoModelForCausalLM
@@ -404,8 +394,8 @@ def test_dropout_in_the_configuration_would_show(script, tiny_gpt2):
         model_loading.load_model(str(tiny_gpt2), "cpu").eval(), sequences_of(examples), 0
     ).chunk(2)
     torch.manual_seed(0)
-    loss, _ = module.compute_loss(model, batch, **NUMBERS[script])
-    assert abs(loss.item() / len(examples) - START[script]) > 0.005
+    loss, _ = module.compute_loss(model, batch, **numbers_of(module))
+    assert abs(loss.item() / len(examples) - start_of(script)) > 0.005
 
 
 # -- real models

@@ -392,3 +392,16 @@ def test_ctrl_c_outside_of_the_loop_is_one_sentence(tmp_path):
     assert done.returncode != 0
     assert "Traceback" not in done.stderr
     assert "Interrupted" in done.stderr
+
+
+@pytest.mark.parametrize("script", ["dpo", "ulma", "ppo"])
+def test_a_missing_file_of_rows_is_refused_before_the_toys_base_model_is_built(script, tmp_path, pairs13, monkeypatch):
+    def asked(seed):
+        raise InputError("the base model was asked for")
+
+    monkeypatch.setattr(base, "base_model", asked)
+    gone = str(tmp_path / "gone.jsonl.gz")
+    for given in ({"data": gone}, {"data": pairs13, "eval_data": gone}):
+        with pytest.raises(InputError, match=rf"^{re.escape(gone)}: no such file\.$"):
+            train(script, tmp_path / "run", model="toy", **given)
+    assert not (tmp_path / "run").exists()

@@ -3,9 +3,11 @@ and the other packages, and its loss runs on a batch that is built here by hand 
 in its docstring, as somebody who copies the file would build one.
 """
 
+import ast
 import importlib
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -13,12 +15,16 @@ from pathlib import Path
 
 import pytest
 
+from tests import house
+from tests.house import FAMILIES
+from tests.runs import start_of
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 
-# Loss summed over the two rows where the policy is the reference and a reward head is zero. typo:
-# with log-probabilities alone, see `plain`.
-START = {"dpo": 2 * math.log(2), "cdpo": 2 * math.log(2), "dph": 2 * (2 * math.log(2) + math.log(2)), "typo": None}
+# Loss of each pair where the policy is the reference and a reward head is zero. None: known from
+# log-probabilities alone, see `plain`.
+START = {script: start_of(script) for script in FAMILIES["pairs"]}
 
 # What every program below begins with, inside the empty folder, in a process of its own: what is
 # blocked here must not be blocked for the other tests.
@@ -30,7 +36,7 @@ class Blocked:
     """Finds nothing of what the script could have beside it, loudly."""
 
     def find_spec(self, name, path=None, target=None):
-        ours = ("adapters", "common", "toy", "labelled", "rewards", "pretraining", "report")
+        ours = "adapters chat common judging labelled pretraining report rewards tokens toy".split()
         if name.split(".")[0] in (*ours, "datasets"):
             raise ImportError(f"{name} is blocked in this test")
 
@@ -299,7 +305,7 @@ def test_the_loss_runs_on_a_batch_made_by_hand(alone, script):
     done = alone(script, "-c", BEGIN + SETUP + PROGRAM, script)
     assert done.returncode == 0, done.stderr
     losses = json.loads(done.stdout)
-    expected = losses["plain"] if START[script] is None else START[script]
+    expected = losses["plain"] if START[script] is None else 2 * START[script]
     assert losses["start"] == pytest.approx(expected, abs=2e-5)
     assert losses["start, shared"] == pytest.approx(expected, abs=2e-5)
     assert losses["moved"] != pytest.approx(expected, abs=1e-2)
@@ -341,13 +347,40 @@ def test_the_loss_runs_on_sampled_completions_made_by_hand(alone, script):
     assert value == pytest.approx(expected, rel=1e-5)
 
 
+def folders_of(sentence: str) -> set[str]:
+    """The folders that the sentence of a script without them names."""
+    return set(re.findall(r"(\w+)/", sentence.split("Training needs")[1].split(" beside this file.")[0]))
+
+
+def packages_behind(script: str) -> set[str]:
+    """The packages that a script imports and that those import, functions included; not the command
+    line of `common.evaluate`, which a run does not start.
+    """
+    modules = house.modules_of(ROOT)
+    todo, seen = [ast.parse((ROOT / f"{script}.py").read_text(encoding="utf-8"))], set()
+    while todo:
+        new = {name for _, name in house.imported_modules(todo.pop(), modules)} - seen - {"judging.command"}
+        seen |= new
+        todo += [modules[name][1] for name in new]
+    return {name.split(".")[0] for name in seen}
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_started_alone_it_says_so_in_one_sentence(alone, script):
+def test_started_alone_it_names_all_that_it_needs_in_one_sentence(alone, script):
     done = alone(script, f"{script}.py")
     assert done.returncode not in (0, 2)
     assert done.stdout == ""
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert "common" in done.stderr
+    assert folders_of(done.stderr) == packages_behind(script)
+
+
+def test_with_the_folders_that_it_names_a_script_trains(alone, tmp_path, tiny_llama, file13):
+    for name in folders_of(alone("dpo", "dpo.py").stderr):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    few = ["--max-steps", "1", "--kl-samples", "2", "--holdout", "0.2"]
+    done = alone("dpo", "dpo.py", "--model", str(tiny_llama), "--data", file13, *few)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs" / "dpo-llama-seed0" / "summary.json").exists()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -299,7 +299,7 @@ def test_refusals(runs, toy_base, tasks_dir, tmp_path):
 
 def test_a_missing_harness_says_what_to_install(monkeypatch, toy_base, tmp_path):
     monkeypatch.setattr(local_tasks.importlib.util, "find_spec", lambda name: None)
-    expected = "Tasks need a package that is not installed: pip install lm_eval accelerate"
+    expected = "Tasks need packages that are not installed: pip install lm_eval accelerate"
     with pytest.raises(InputError, match=expected):
         command.main(command.Args(model=str(toy_base), tasks="glue", output=str(tmp_path / "results.json")))
     with pytest.raises(InputError, match=expected):

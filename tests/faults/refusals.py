@@ -6,6 +6,13 @@ REFUSALS = "test_refusals.py::"
 
 TABLE = [
     Mutant(
+        "refusals: a missing file of rows waits for the toy's base model",
+        ("common/run.py",),
+        "not Path(source).exists():",
+        "False:",
+        REFUSALS + "test_a_missing_file_of_rows_is_refused_before_the_toys_base_model_is_built",
+    ),
+    Mutant(
         "refusals: missing weights stay random",
         ("common/models.py",),
         'refuse_missing(f"--model {folder}", loading["missing_keys"])',
