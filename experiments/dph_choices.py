@@ -53,6 +53,7 @@ FILES = {  # task: (training file, test file), named as lm-eval's tasks are
     "mrpc": ("mrpc_train", "mrpc_val"),
     "cola": ("cola_train", "cola_val"),
 }
+TESTS = {task: test for task, (_, test) in FILES.items()}
 OTHERS = {"hellaswag": "hellaswag_val", "piqa": "piqa_val", "boolq": "boolq_val", "winogrande": "winogrande_val"}
 HEAD_ALONE, FROZEN = {"dpo_weight": 0.0}, {"freeze_backbone": True}
 METHODS = {  # name -> (script, its flags)
