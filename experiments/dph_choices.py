@@ -56,32 +56,23 @@ FILES = {  # task: (training file, test file), named as lm-eval's tasks are
 TESTS = {task: test for task, (_, test) in FILES.items()}
 OTHERS = {"hellaswag": "hellaswag_val", "piqa": "piqa_val", "boolq": "boolq_val", "winogrande": "winogrande_val"}
 HEAD_ALONE, FROZEN = {"dpo_weight": 0.0}, {"freeze_backbone": True}
+SEPARABLE, CONTRASTIVE = {"dph_loss": "separable"}, {"dph_loss": "contrastive"}
 METHODS = {  # name -> (script, its flags)
     "sft": ("sft.py", {}),
     "dpo": ("dpo.py", {}),
     "cdpo": ("cdpo.py", {}),
-    **{
-        f"dph {loss}{suffix}": ("dph.py", {"dph_loss": loss, **flags})
-        for suffix, flags in (("", {}), (", head alone", HEAD_ALONE), (", frozen", FROZEN))
-        for loss in ("separable", "contrastive")
-    },
+    "dph separable": ("dph.py", SEPARABLE),
+    "dph contrastive": ("dph.py", CONTRASTIVE),
+    "dph separable, head alone": ("dph.py", SEPARABLE | HEAD_ALONE),
+    "dph contrastive, head alone": ("dph.py", CONTRASTIVE | HEAD_ALONE),
+    "dph separable, frozen": ("dph.py", SEPARABLE | FROZEN),
+    "dph contrastive, frozen": ("dph.py", CONTRASTIVE | FROZEN),
 }
 BASE = ("base", 0.0, 0)  # the run that is none
 RUN = ("method", "lr", "seed")
-BED = (
-    "tasks",
-    "others",
-    "rows",
-    "held_out",
-    "all_wrong",
-    "limit",
-    "text_tokens",
-    "head_lr",
-    "epochs",
-    "batch_size",
-    "beta",
-)
-BED += ("max_length", "extra")  # arguments whose runs cannot be compared when they differ
+BED = (  # arguments whose runs cannot be compared where they differ
+    "tasks others rows held_out all_wrong limit text_tokens head_lr epochs batch_size beta max_length extra"
+).split()
 SPLIT_SEED = 0  # of the draws of rows and questions, and of the held-out prompts: the same for all runs
 
 
@@ -468,11 +459,11 @@ def print_tables(args: Args, lines: list[dict]) -> None:
 
 def main(args: Args) -> None:
     """Runs what has no line yet, and prints the tables."""
-    for flag, given, known in (("methods", args.methods, METHODS), ("tasks", args.tasks, FILES)):
-        if odd := sorted(set(given) - set(known)) or not given:
-            raise InputError(f"--{flag} {odd or '(none)'}: expected some of {', '.join(known)}.")
-    if odd := sorted(set(args.others) - set(OTHERS)):
-        raise InputError(f"--others {' '.join(odd)}: expected some of {', '.join(OTHERS)}.")
+    names = {"methods": (args.methods, METHODS), "tasks": (args.tasks, FILES), "others": (args.others, OTHERS)}
+    for flag, (given, known) in names.items():
+        odd = sorted(set(given) - set(known))
+        if odd or (not given and flag != "others"):
+            raise InputError(f"--{flag} {' '.join(odd) or '(none)'}: expected some of {', '.join(known)}.")
     transformers.utils.logging.set_verbosity_error()  # a causal model is no loss of the head beside it
     work = Study(args)
     work.answer_base()
