@@ -434,8 +434,9 @@ def print_tables(args: Args, lines: list[dict]) -> None:
     """Accuracies of each method by each scorer, then paired differences."""
     by_method: dict[str, list[dict]] = {}
     for line in lines:
-        if line["stage"] == "answers":
-            by_method.setdefault(line["method"], []).append(line)
+        method = line["method"]
+        if line["stage"] == "answers" and (method == "base" or line["lr"] == best_lr(lines, method)):
+            by_method.setdefault(method, []).append(line)
     tasks, rows = (*args.tasks, *args.others), []
     if base := by_method.get("base"):
         same = base[0]["most_frequent"]
