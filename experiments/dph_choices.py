@@ -289,7 +289,7 @@ def best_lr(lines: list[dict], method: str) -> float:
     """The learning rate of the method's tuning run with the largest held-out share; of equal ones
     the smallest."""
     tried = [line for line in lines if (line["stage"], line["method"]) == ("tuning", method)]
-    return max(tried, key=lambda line: (line["held_out"], -line["lr"]))["lr"]
+    return max(tried, key=lambda line: (line["share"], -line["lr"]))["lr"]
 
 
 class Study:
@@ -342,7 +342,7 @@ class Study:
             shares = answers_of({"held_out": self.held_out}, scores)["accuracy"]["held_out"]
             # A head that gives all choices the same has learned nothing.
             share = shares.get("acc_head" if run[0].startswith("dph") else "acc_token", 0.0)
-            self.add("tuning", run, {"held_out": share, **costs_of(summary)}, f"{share:.3f} of the held-out questions")
+            self.add("tuning", run, {"share": share, **costs_of(summary)}, f"{share:.3f} of the held-out questions")
 
     def answer(self, run: tuple) -> None:
         """A run's answers to the test questions."""

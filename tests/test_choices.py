@@ -621,7 +621,7 @@ def test_the_interval_is_of_paired_differences():
 
 def test_the_best_learning_rate_is_the_smallest_of_the_best():
     def line(lr, share, stage="tuning", method="dpo"):
-        return {"stage": stage, "method": method, "lr": lr, "held_out": share}
+        return {"stage": stage, "method": method, "lr": lr, "share": share}
 
     lines = [
         line(3e-5, 0.7),
@@ -658,49 +658,122 @@ def test_the_study_refuses_names_that_it_does_not_know(tmp_path):
             dph_choices.main(dph_choices.Args(model="m", output=str(tmp_path / "x.jsonl"), **changes))
 
 
-@pytest.mark.study
-def test_the_study_in_small(preference_data, tmp_path, capsys):
-    """Tuning and answers of three methods; what has its line is not made again, and weights that
-    were dropped are made again where they are needed.
+def canned_rows(name: str) -> list[tuple[dict, Question]]:
+    """Forty questions of SST-2 in place of any file, the same ones under every name."""
+    rows = [{"task": "sst2", "sentence": f"{name} number {i}", "label": i % 2} for i in range(40)]
+    return [(row, question_of_row(name, "row", row)[0]) for row in rows]
+
+
+def canned_scores(loaded: str, questions: dict) -> dict:
+    """The LM is right of every second question, the head of a trained model of all where its
+    learning rate is 3e-5, else of every fourth.
     """
-    given = {
-        "model": str(preference_data / "models" / "stories260K"),
-        "tasks": ("arc_easy", "sst2"),
-        "others": ("winogrande",),
-        **{"rows": 20, "held_out": 5, "limit": 20, "text_tokens": 600, "max_length": 256, "batch_size": 8},
-        **{"lrs": (1e-3, 1e-2), "head_lrs": (1e-2,), "seeds": (0, 1)},
-        **{"runs": str(tmp_path / "runs"), "output": str(tmp_path / "results" / "lines.jsonl")},
-        "extra": "--max-steps 2",
-    }
-    methods = ("sft", "dph contrastive", "dph separable, frozen")
-    args = dph_choices.Args(**given, methods=methods)
+
+    def line(number: int, right: int) -> dict:
+        sure, head = number % 2 == 0, number % 4 == 0 or "3e-05" in loaded
+        logps, rewards = ([-1.0 - (side != (right if hit else 1 - right)) for side in (0, 1)] for hit in (sure, head))
+        scores = {"logps": logps, "eos": [0.0, 0.0], "tokens": [1, 1], "rewards": rewards}
+        return scores if "dph" in loaded else scores | {"rewards": [0.0, 0.0]}
+
+    return {task: [line(i, each[i].right) for i in range(len(each))] for task, each in questions.items()}
+
+
+def test_the_study_chooses_answers_and_goes_on(tmp_path, monkeypatch, capsys):
+    """Without a model: which runs are made, with which flags, what is said of them, and that
+    nothing is made twice.
+    """
+    made = []
+
+    def finish(script: str, folder: Path, flags: dict, more: str) -> dict:
+        made.append((script, flags))
+        folder.mkdir(parents=True)
+        (folder / "summary.json").write_text("{}")
+        (folder / "model.safetensors").write_text("")
+        return {"steps": 3, "seconds": 1.0, "peak_memory_bytes": 1}
+
+    def train_or_find(script: str, folder: Path, flags: dict, more: str) -> dict:
+        exists = (folder / "summary.json").exists()
+        return {"steps": 3, "seconds": 1.0, "peak_memory_bytes": 1} if exists else finish(script, folder, flags, more)
+
+    monkeypatch.setattr(dph_choices, "rows_of", canned_rows)
+    monkeypatch.setattr(dph_choices, "load", str)
+    monkeypatch.setattr(dph_choices, "scores_of", canned_scores)
+    monkeypatch.setattr(dph_choices, "perplexity", lambda loaded, tokens: 7.0)
+    monkeypatch.setattr(study, "train", train_or_find)
+    given = {"model": "m", "tasks": ("sst2",), "others": ("piqa",), "rows": 20, "held_out": 8, "limit": 40}
+    given |= {"runs": str(tmp_path / "runs"), "output": str(tmp_path / "results" / "lines.jsonl")}
+    args = dph_choices.Args(**given, methods=("dpo", "dph separable", "dph separable, frozen"))
     dph_choices.main(args)
     lines = study.read_lines(Path(args.output))
-    stages = Counter((line["stage"], line["method"]) for line in lines)
-    assert stages[("answers", "base")] == 1
-    assert [stages[("tuning", method)] for method in methods] == [2, 2, 1]
-    assert [stages[("answers", method)] for method in methods] == [2, 2, 2]
-    by_run = {(line["stage"], line["method"], line["seed"]): line for line in lines}
-    base, frozen = by_run[("answers", "base", 0)], by_run[("answers", methods[2], 1)]
+    answers = [(line["method"], line["lr"], line["seed"]) for line in lines if line["stage"] == "answers"]
+    # DPO's rates are equal, so the smallest counts; the head is best at 3e-5.
+    expected = [("dpo", 1e-5), ("dph separable", 3e-5), ("dph separable, frozen", 1e-3)]
+    assert answers == [("base", 0.0, 0), *((*run, seed) for run in expected for seed in (0, 1, 2))]
+    assert Counter(script for script, _ in made) == {"dpo.py": 5, "dph.py": 10}
+    assert {flags["data"].partition(":")[0] for _, flags in made} == {"choices"}
+    frozen = [flags for _, flags in made if flags.get("freeze_backbone")]
+    assert sorted({flags["lr"] for flags in frozen}) == [1e-3, 3e-3, 1e-2]
+    assert all("head_lr" not in flags for flags in frozen)
+    assert all(flags["head_lr"] == 1e-3 for script, flags in made if script == "dph.py" and flags not in frozen)
+    assert not list(tmp_path.glob("runs/*/*/*.safetensors"))
+    output = capsys.readouterr().out.splitlines()
+    found = {line.partition("  ")[0]: line.split("  ")[-1].strip() for line in output if "its head" in line}
+    assert found["dph separable: its head - its own LM"] == "+0.500 +- 0.157"  # 1.96 * sqrt(.25 * 40/39 / 40)
+    assert found["dph separable: its head - LM of dpo"] == "+0.500 +- 0.157"
+    assert found["dph separable, frozen: its head - its own LM"] == "-0.250 +- 0.136"
+    table = [line for line in output if line.startswith("dph separable ") and "acc_head" in line]
+    assert table[0].split()[3:] == ["3e-05", *["1.00", "+-", "0.00"] * 2, *["1.000", "+-", "0.000"] * 2]
+    made.clear()
+    dph_choices.main(args)
+    assert not made
+    assert study.read_lines(Path(args.output)) == lines
+    study.write_lines(Path(args.output), [line for line in lines if line["method"] != "dpo" or line["seed"] != 0])
+    dph_choices.main(args)  # weights that were dropped are made again
+    assert [flags["lr"] for _, flags in made] == [1e-5, 3e-5, 1e-4]
+    assert sorted(map(json.dumps, study.read_lines(Path(args.output)))) == sorted(map(json.dumps, lines))
+    dph_choices.main(dph_choices.Args(**given | {"limit": 10}, methods=("dpo",)))  # another bed, in the same file
+    assert len(study.read_lines(Path(args.output))) == len(lines) + 1 + 3 + 3
+
+
+@pytest.mark.study
+def test_the_study_in_small(preference_data, tmp_path, capsys):
+    """Tuning and answers of two methods with a real model; a run whose weights were dropped is made
+    again, the same, where its line is missing.
+    """
+    args = dph_choices.Args(
+        model=str(preference_data / "models" / "stories260K"),
+        methods=("sft", "dph separable, frozen"),
+        tasks=("arc_easy", "sst2"),
+        others=("winogrande",),
+        rows=20,
+        held_out=5,
+        limit=20,
+        text_tokens=600,
+        lrs=(1e-2,),
+        head_lrs=(1e-2,),
+        seeds=(0,),
+        batch_size=8,
+        max_length=256,
+        runs=str(tmp_path / "runs"),
+        output=str(tmp_path / "results" / "lines.jsonl"),
+        extra="--max-steps 2",
+    )
+    dph_choices.main(args)
+    lines = study.read_lines(Path(args.output))
+    assert [(line["stage"], line["method"]) for line in lines] == [
+        ("answers", "base"),
+        *((stage, method) for method in args.methods for stage in ("tuning", "answers")),
+    ]
+    base, sft, frozen = (line for line in lines if line["stage"] == "answers")
     assert set(base["accuracy"]) == {"arc_easy", "sst2", "winogrande"}
     # A frozen backbone: the LM is the base model to the last digit, and there is a head.
     for task, right in base["right"].items():
         assert {name: frozen["right"][task][name] for name in right} == right
         assert "acc_head" in frozen["right"][task]
         assert "acc_implicit" not in frozen["right"][task]
-    assert frozen["perplexity"] == base["perplexity"] != by_run[("answers", "sft", 0)]["perplexity"]
-    assert "acc_implicit" in by_run[("answers", "dph contrastive", 0)]["right"]["sst2"]
-    assert not list(tmp_path.glob("runs/*/*/model.safetensors"))
-    output = capsys.readouterr().out
-    assert "dph contrastive: its head - its own LM" in output
-    assert "Accuracy on 20 questions of each task" in output
+    assert frozen["perplexity"] == base["perplexity"] != sft["perplexity"]
+    assert "acc_implicit" in sft["right"]["sst2"]
+    assert "dph separable, frozen: its head - its own LM" in capsys.readouterr().out
+    study.write_lines(Path(args.output), [line for line in lines if line != sft])
     dph_choices.main(args)
-    assert study.read_lines(Path(args.output)) == lines
-    kept = [line for line in lines if (line["stage"], line["seed"]) != ("answers", 0) or line["method"] != "sft"]
-    study.write_lines(Path(args.output), kept)
-    dph_choices.main(args)
-    made = study.read_lines(Path(args.output))[-1]
-    assert made["right"] == by_run[("answers", "sft", 0)]["right"]
-    other = dph_choices.Args(**given | {"limit": 10}, methods=("sft",))
-    dph_choices.main(other)  # another bed, in the same file
-    assert len(study.read_lines(Path(args.output))) == len(lines) + 1 + 2 + 2
+    assert study.read_lines(Path(args.output))[-1]["right"] == sft["right"]
