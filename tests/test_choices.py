@@ -664,6 +664,18 @@ def canned_rows(name: str) -> list[tuple[dict, Question]]:
     return [(row, question_of_row(name, "row", row)[0]) for row in rows]
 
 
+def test_a_question_of_a_test_file_is_left_out_of_training(tmp_path, monkeypatch):
+    """Also one that is not among those drawn for the test."""
+    monkeypatch.setattr(dph_choices, "rows_of", lambda name: canned_rows("x")[: 10 if name == "sst2_dev" else 40])
+    args = dph_choices.Args(model="m", tasks=("sst2",), others=(), rows=100, held_out=5, limit=4)
+    files, tests = dph_choices.write_files(args, tmp_path)
+    numbers = {
+        name: [int(row["sentence"].split()[-1]) for row in study.read_lines(path)]
+        for name, path in {**files, **tests}.items()
+    }
+    assert numbers == {"held_out": [*range(10, 15)], "train": [*range(15, 40)], "sst2": [*range(4)]}
+
+
 def canned_scores(loaded: str, questions: dict) -> dict:
     """The LM is right of every second question, the head of a trained model of all where its
     learning rate is 3e-5, else of every fourth.
