@@ -71,7 +71,7 @@ METHODS = {  # name -> (script, its flags)
 BASE = ("base", 0.0, 0)  # the run that is none
 RUN = ("method", "lr", "seed")
 BED = (  # arguments whose runs cannot be compared where they differ
-    "tasks others rows held_out all_wrong limit text_tokens head_lr epochs batch_size beta max_length extra"
+    "tasks others rows held_out all_wrong limit text_tokens head_factor epochs batch_size beta max_length extra"
 ).split()
 SPLIT_SEED = 0  # of the draws of rows and questions, and of the held-out prompts: the same for all runs
 
@@ -98,10 +98,8 @@ class Args:
     """Tokens of WikiText-2 whose perplexity is measured; 0: none."""
     lrs: tuple[float, ...] = (1e-5, 3e-5, 1e-4)
     """Learning rates that each method tries with the first seed."""
-    head_lrs: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
-    """Those of a head on a frozen backbone."""
-    head_lr: float = 1e-3
-    """Of a head whose backbone is trained, too, at one of --lrs."""
+    head_factor: float = 100.0
+    """A head's learning rate in multiples of --lrs, on a frozen backbone too; it begins at 0."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the order of the pairs; the first one decides between learning rates."""
     epochs: float = 1.0
@@ -271,8 +269,13 @@ def train(args: Args, file: Path, method: str, lr: float, seed: int) -> dict:
     if script != "sft.py":
         flags["beta"] = args.beta
     if script == "dph.py" and not is_frozen(method):
-        flags["head_lr"] = args.head_lr
+        flags["head_lr"] = head_lr(args, lr)
     return study.train(script, folder, flags, args.extra)
+
+
+def head_lr(args: Args, lr: float) -> float:
+    """The head's learning rate beside that of the backbone, without the tail of a product."""
+    return float(f"{args.head_factor * lr:g}")
 
 
 def is_frozen(method: str) -> bool:
@@ -355,7 +358,8 @@ class Study:
         """All runs of a method: tuning with the first seed, then every seed's answers."""
         args = self.args
         first, *others = args.seeds
-        tried = [(method, lr, first) for lr in (args.head_lrs if is_frozen(method) else args.lrs)]
+        lrs = [head_lr(args, lr) for lr in args.lrs] if is_frozen(method) else args.lrs
+        tried = [(method, lr, first) for lr in lrs]
         study.side_by_side(self.tune, tried, args.jobs)
         lr = best_lr(self.lines, method)
         chosen = [(method, lr, seed) for seed in (first, *others)]

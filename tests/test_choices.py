@@ -726,7 +726,8 @@ def test_the_study_chooses_answers_and_goes_on(tmp_path, monkeypatch, capsys):
     frozen = [flags for _, flags in made if flags.get("freeze_backbone")]
     assert sorted({flags["lr"] for flags in frozen}) == [1e-3, 3e-3, 1e-2]
     assert all("head_lr" not in flags for flags in frozen)
-    assert all(flags["head_lr"] == 1e-3 for script, flags in made if script == "dph.py" and flags not in frozen)
+    joint = {(flags["lr"], flags["head_lr"]) for script, flags in made if script == "dph.py" and flags not in frozen}
+    assert joint == {(1e-5, 1e-3), (3e-5, 3e-3), (1e-4, 1e-2)}
     assert not list(tmp_path.glob("runs/*/*/*.safetensors"))
     output = capsys.readouterr().out.splitlines()
     found = {line.partition("  ")[0]: line.split("  ")[-1].strip() for line in output if "its head" in line}
@@ -762,7 +763,7 @@ def test_the_study_in_small(preference_data, tmp_path, capsys):
         limit=20,
         text_tokens=600,
         lrs=(1e-2,),
-        head_lrs=(1e-2,),
+        head_factor=1.0,
         seeds=(0,),
         batch_size=8,
         max_length=256,
