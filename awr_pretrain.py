@@ -282,7 +282,7 @@ def main(args: Args) -> None:
         from pretraining import baseline, chunks, corpus, evaluate, flops, scorers
         from pretraining.models import choose_output_layer, load_start
     except ImportError as error:
-        needs = "adapters/, attention/, chat/, common/, pretraining/, report/ and toy/"
+        needs = "adapters/, attention/, chat/, choices/, common/, pretraining/, report/ and toy/"
         raise SystemExit(f"Training needs {needs} beside this file. ({error})") from None
     run, args = start_run(args, __file__)
     evaluate.check_models(args.teacher, args.baseline, args.attacker)

@@ -359,7 +359,7 @@ def main(args: Args) -> None:
         from common.run import start_run
         from toy.base import judge_of
     except ImportError as error:
-        needs = "adapters/, attention/, chat/, common/, report/, tokens/ and toy/"
+        needs = "adapters/, attention/, chat/, choices/, common/, report/, tokens/ and toy/"
         raise SystemExit(f"Training needs {needs} beside this file. ({error})") from None
     run, args = start_run(args, __file__)
 

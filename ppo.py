@@ -554,7 +554,7 @@ def main(args: Args) -> None:
         from rewards.prompts import load_prompts
         from toy.base import judge_of
     except ImportError as error:
-        needs = "adapters/, attention/, chat/, common/, report/, rewards/, tokens/ and toy/"
+        needs = "adapters/, attention/, chat/, choices/, common/, report/, rewards/, tokens/ and toy/"
         raise SystemExit(f"Training needs {needs} beside this file. ({error})") from None
     run, args = start_run(args, __file__)
 

@@ -164,7 +164,7 @@ def main(args: Args) -> None:
         from rewards.models import load_classifier
         from toy.base import flip_share, rank_correlation
     except ImportError as error:
-        needs = "adapters/, attention/, chat/, common/, report/, rewards/, tokens/ and toy/"
+        needs = "adapters/, attention/, chat/, choices/, common/, report/, rewards/, tokens/ and toy/"
         raise SystemExit(f"Training needs {needs} beside this file. ({error})") from None
     run, args = start_run(args, __file__)
 

@@ -343,7 +343,7 @@ def main(args: Args) -> None:
         from labelled.rows import load_labelled
         from toy.base import judge_of
     except ImportError as error:
-        needs = "adapters/, attention/, chat/, common/, labelled/, report/, tokens/ and toy/"
+        needs = "adapters/, attention/, chat/, choices/, common/, labelled/, report/, tokens/ and toy/"
         raise SystemExit(f"Training needs {needs} beside this file. ({error})") from None
     run, args = start_run(args, __file__)
 

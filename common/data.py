@@ -10,6 +10,7 @@ import random
 from collections import Counter
 
 from chat import templates
+from choices.templates import file_of, is_choices, pairs_of_choices
 from common import InputError
 from common.batches import Rows
 from common.fields import pair_of_row
@@ -32,9 +33,11 @@ def split_by_prompt(rows: list[tuple], share: float, seed: int) -> tuple[list, l
     return [r for r, k in zip(rows, keys) if k not in held], [r for r, k in zip(rows, keys) if k in held]
 
 
-def usable(rows: list[tuple[str, dict]], of_row) -> tuple[list[tuple], Counter]:
-    """The usable ones among rows as read, and how many were dropped for which reason."""
-    kept, dropped = [], Counter()
+def usable(rows: list[tuple[str, dict]], of_row, source: str = "") -> tuple[list[tuple], Counter]:
+    """The usable ones among rows as read, and how many were dropped for which reason; rows of
+    `choices:FILE` become pairs first."""
+    rows, dropped = pairs_of_choices(source, rows) if is_choices(source) else (rows, Counter())
+    kept = []
     for where, row in rows:
         texts, reason = of_row(where, row)
         if reason:
@@ -60,13 +63,14 @@ def read_splits(
     if (flip := base.flip_share(data)) is not None:
         splits = {name: ([tuple(row) for row in rows], Counter()) for name, rows in of_toy(seed, flip).items()}
         return splits, sha256_of([rows for rows, _ in splits.values()])
-    raw = {"train": read_rows(data)} if is_row_file(data) else read_hub(data)
+    name = file_of(data)
+    raw = {"train": read_rows(name)} if is_row_file(name) else read_hub(name)
     if eval_data:
-        raw["test"] = read_rows(eval_data)
+        raw["test"] = read_rows(file_of(eval_data))
     digest = sha256_of([row for rows in raw.values() for _, row in rows])
-    train, dropped = usable(raw["train"], of_row)
+    train, dropped = usable(raw["train"], of_row, data)
     if "test" in raw:
-        return {"train": (train, dropped), "held_out": usable(raw["test"], of_row)}, digest
+        return {"train": (train, dropped), "held_out": usable(raw["test"], of_row, eval_data or data)}, digest
     train, held_out = split_by_prompt(train, holdout, seed)
     return {"train": (train, dropped), "held_out": (held_out, Counter())}, digest
 
@@ -107,6 +111,8 @@ def load_splits(source: tuple, kind, tokenizer, max_length: int, read, say, chat
 
     sources = [] if is_toy else [data, *filter(None, [eval_data])]
     settings = {"kind": kind, "eval_data": bool(eval_data), "split": source[2:]}
+    settings["choices"] = [name for name in sources if is_choices(name)]  # a file's name may tell its task
+    sources = [file_of(name) for name in sources]
     splits, facts = load_encoded(sources, settings, tokenizer, max_length, read_and_remember, chat=chat, **options)
     if chat or hasattr(tokenizer, "has_given_template"):  # another template would make other rows of them
         facts["data_sha256"] = sha256_of([facts["data_sha256"], tokenizer.chat_template])

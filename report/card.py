@@ -7,6 +7,7 @@ import re
 import shlex
 from pathlib import Path
 
+from choices.templates import file_of
 from common.files import is_row_file
 from report.table import HELD_OUT, METRICS, TRAINED, UNSEEN, cell
 
@@ -48,7 +49,7 @@ def front_matter(values: dict, gives_rewards: bool) -> str:
     lines += [f"pipeline_tag: {'text-classification' if gives_rewards else 'text-generation'}"]
     if values.get("model_revision"):  # only a model of the hub has one
         lines += [f"base_model: {json.dumps(args['model'])}", "base_model_relation: finetune"]
-    data = args.get("data") or "toy"
+    data = file_of(args.get("data") or "toy")
     if data.partition(":")[0] != "toy" and not is_row_file(data):  # a data set of the hub
         lines += ["datasets:", f"- {json.dumps(data.partition(':')[0])}"]
     tags = [stem.replace("_", "-"), "pretraining" if stem.endswith("pretrain") else "preference-learning"]

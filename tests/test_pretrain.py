@@ -790,7 +790,7 @@ def test_a_plain_run_that_fails_ends_the_run_in_one_sentence(tmp_path, cache, sh
 
 def test_without_the_plain_script_beside_it_a_copied_script_has_no_baseline(tmp_path, cache):
     """Copied alone, with the packages that it needs."""
-    for package in ("adapters", "chat", "common", "judging", "pretraining", "report", "rewards", "tokens", "toy"):
+    for package in "adapters chat choices common judging pretraining report rewards tokens toy".split():
         (tmp_path / package).symlink_to(ROOT / package)
     shutil.copyfile(ROOT / "rwr_pretrain.py", tmp_path / "rwr_pretrain.py")
     changes = {**SHORT, "baseline": "auto", "name": "run", "output_dir": str(tmp_path), "max_steps": 1}

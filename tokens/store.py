@@ -26,7 +26,7 @@ from tokens.encode import encode_row, encode_rows
 LARGE_BYTES, LARGE_ROWS = 4 << 20, 4000  # below these a pool of processes costs more than it saves
 PACKED = 4  # a .gz file is about so many times as large once unpacked
 ARRAYS = ("ids", "ends", "texts", "text_ends")
-CODE = ("chat", "tokens", "common", "labelled", "rewards")  # packages that shape encoded rows
+CODE = ("chat", "choices", "tokens", "common", "labelled", "rewards")  # packages that shape encoded rows
 
 
 class StoredRow(dict):
