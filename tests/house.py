@@ -58,7 +58,7 @@ LAYERS = [
     ["common", "common.batches", "common.processes", "common.metrics", "chat", "chat.messages"],
     ["report", "report.progress"],
     ["common.generate", "common.fields", "common.oracle", "chat.templates"],
-    ["tokens", "tokens.encode", "toy", "toy.world"],
+    ["tokens", "tokens.encode", "toy", "toy.world", "toy.frozen"],
     ["common.files", "report.table", "report.curves", "report.folders"],
     ["toy.base", "toy.documents", "tokens.store", "report.card", "adapters", "adapters.lora"],
     ["common.models", "common.data", "report.trackers"],
