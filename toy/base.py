@@ -84,6 +84,8 @@ def build(aside: Path, seed: int, world: str) -> None:
     """Makes a world in an empty folder, which goes again where it is not finished: two that start
     together do no harm, and an interrupted one leaves nothing behind."""
     threads = torch.get_num_threads()
+    # Each of several processes builds the whole: their shares would be another sampling.
+    several = {name: os.environ.pop(name) for name in ("WORLD_SIZE", "RANK") if name in os.environ}
     torch.set_num_threads(
         1
     )  # layers this small are many times faster on one; and the bytes are then the same everywhere
@@ -102,6 +104,7 @@ def build(aside: Path, seed: int, world: str) -> None:
         raise
     finally:
         torch.set_num_threads(threads)
+        os.environ.update(several)
 
 
 def train_base(seed: int, world: str = "easy", steps: int | None = None):
