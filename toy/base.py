@@ -86,9 +86,7 @@ def build(aside: Path, seed: int, world: str) -> None:
     threads = torch.get_num_threads()
     # Each of several processes builds the whole: their shares would be another sampling.
     several = {name: os.environ.pop(name) for name in ("WORLD_SIZE", "RANK") if name in os.environ}
-    torch.set_num_threads(
-        1
-    )  # layers this small are many times faster on one; and the bytes are then the same everywhere
+    torch.set_num_threads(1)  # many times faster for layers this small; and the bytes are the same everywhere
     try:
         with torch.random.fork_rng(devices=[]):
             model, tokenizer = train_base(seed, world)
