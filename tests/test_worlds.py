@@ -23,7 +23,7 @@ from common.metrics import auc
 from tests.runs import ROOT, arguments, in_processes, resume, train
 from toy import base, frozen, world
 
-PAGE = (ROOT / "docs" / "toy.md").read_text(encoding="utf-8")
+PAGE = ROOT / "docs" / "toy.md"
 FROZEN = [(name, seed) for name in world.WORLDS for seed in range(5)]
 HARD = world.questions("hard")
 
@@ -48,7 +48,9 @@ def test_the_docs_have_the_hashes_of_all_frozen_worlds():
     """What is loaded is compared with what stands in docs/toy.md, rows and weights as a run has
     them in its summary: another byte, question, rule or order is another version.
     """
-    table = re.findall(r"\| (easy|hard) \| (\d) \| `([0-9a-f]{64})` \| `([0-9a-f]{64})` \|", PAGE)
+    table = re.findall(
+        r"\| (easy|hard) \| (\d) \| `([0-9a-f]{64})` \| `([0-9a-f]{64})` \|", PAGE.read_text(encoding="utf-8")
+    )
     assert [(name, int(seed)) for name, seed, *_ in table] == FROZEN
     for name, seed, rows, weights in table:
         tokenizer = world.build_tokenizer(name)
@@ -339,9 +341,9 @@ def test_building_gives_a_world_of_the_frozen_ones_statistics(name, tmp_path):
 def test_the_docs_have_the_numbers_of_the_frozen_worlds(name):
     """The table of docs/toy.md, mean over the five seeds."""
     known = [numbers_of(name, seed, base.base_model(seed, name)) for seed in range(5)]
-    column = world.WORLDS.index(name)
+    column, page = world.WORLDS.index(name), PAGE.read_text(encoding="utf-8")
     for key in known[0]:
-        row = re.search(rf"^\| [^|]*\(`{key}`\) \| ([^|]+) \| ([^|]+) \|$", PAGE, re.MULTILINE)
+        row = re.search(rf"^\| [^|]*\(`{key}`\) \| ([^|]+) \| ([^|]+) \|$", page, re.MULTILINE)
         assert row, key
         mean = statistics.mean(numbers[key] for numbers in known)
         assert float(row[1 + column].split(" ± ")[0]) == pytest.approx(mean, abs=0.0051), key
