@@ -99,7 +99,7 @@ class Args:
     model: str = "toy"
     """toy, a hub id, or a folder: a causal LM, an encoder, or a classifier with one label."""
     data: str = "toy"
-    """toy (toy:0.2: a fifth of the labels flipped), a hub id or id:subset, or a file of rows."""
+    """toy (toy:hard; toy:0.2: a fifth of labels flipped), hub id, id:subset, or a file of rows."""
     eval_data: str | None = None
     """A file of held-out pairs; None: the data's test split, or a share of the prompts."""
     holdout: float = 0.1
@@ -162,7 +162,7 @@ def main(args: Args) -> None:
         from common.run import start_run
         from rewards.metrics import calibration_error
         from rewards.models import load_classifier
-        from toy.base import flip_share, rank_correlation
+        from toy.base import rank_correlation, settings_of
     except ImportError as error:
         needs = "adapters/, attention/, chat/, choices/, common/, report/, rewards/, tokens/ and toy/"
         raise SystemExit(f"Training needs {needs} beside this file. ({error})") from None
@@ -199,7 +199,7 @@ def main(args: Args) -> None:
             table[name] = {"reward_accuracy": metrics.accuracy(rewards, ties_say_nothing=True), "samples": []}
             chosen = torch.zeros(len(rows))  # the right choice of each pair is the first one
             table[name]["margin_calibration"] = calibration_error(rewards.softmax(1), chosen) if rows else None
-            if rows and flip_share(args.data) is not None:
+            if rows and settings_of(args.data):
                 table[name]["rank_correlation"] = rank_correlation(rows, rewards)
         return table
 

@@ -57,11 +57,11 @@ def read_splits(
     and, on the toy, "unseen".
 
     Args:
-        of_toy: `(seed, flip)` -> {split: rows}, the toy's rows of this kind.
+        of_toy: `(seed, **base.settings_of(data))` -> {split: rows}, the toy's rows of this kind.
         of_row: `(where, row)` -> ((prompt, ...), None), or (None, reason) for a row to drop.
     """
-    if (flip := base.flip_share(data)) is not None:
-        splits = {name: ([tuple(row) for row in rows], Counter()) for name, rows in of_toy(seed, flip).items()}
+    if settings := base.settings_of(data):
+        splits = {name: ([tuple(row) for row in rows], Counter()) for name, rows in of_toy(seed, **settings).items()}
         return splits, sha256_of([rows for rows, _ in splits.values()])
     name = file_of(data)
     raw = {"train": read_rows(name)} if is_row_file(name) else read_hub(name)
@@ -98,7 +98,8 @@ def load_splits(source: tuple, kind, tokenizer, max_length: int, read, say, chat
         options: of `encode_rows`.
     """
     data, eval_data, *_ = source
-    is_toy = base.flip_share(data) is not None
+    is_toy = base.settings_of(data) is not None
+    base.check_tokenizer(data, tokenizer)
     if chat:
         templates.check_chat(tokenizer, is_toy)
 

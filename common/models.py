@@ -13,17 +13,16 @@ from chat.templates import use_template
 from common import InputError, first_line
 from common.files import check_hub_id
 from common.generate import is_tiny
+from toy import base
 
 UNLIMITED = 1 << 30  # positions, where a configuration names no limit
 PINNED: dict[str, str | None] = {}  # hub id -> the revision that a resumed run began with
 
 
 def resolve_model(name: str, seed: int = 0, flag: str = "--model", revision: str | None = None) -> str:
-    """A local folder for `toy`, a folder, or a hub id, which is downloaded."""
-    if name == "toy":
-        from toy import base
-
-        return str(base.base_model(seed))
+    """A local folder for `toy` or `toy:hard`, a folder, or a hub id, which is downloaded."""
+    if name in base.MODELS:
+        return str(base.base_model(seed, base.MODELS[name]))
     if Path(name).is_dir():
         if not ((Path(name) / "config.json").is_file() or lora.has_adapter(name)):
             raise InputError(f"{flag} {name}: the folder has no config.json, so it is not a transformers model.")

@@ -32,6 +32,7 @@ from common.processes import gather, is_main_process, print0, rank, sum_over_pro
 from report import card, curves, facts, progress
 from report.table import print_end_table
 from report.trackers import check_tracker, tracker
+from toy import base
 
 DISK_FULL = ("No space left", "quota exceeded", "File too large", "Read-only file system")
 COUNT = (lambda v: v >= 1, "at least 1")
@@ -39,8 +40,7 @@ MANY, FEW = 400, 64  # --kl-samples where it is not given: few of a model that i
 POSITIVE = (lambda v: 0 < v < math.inf, "a positive number")
 NOT_NEGATIVE = (lambda v: 0 <= v < math.inf, "at least 0")
 RANGES = {  # of the arguments that most scripts have; a script checks its own
-    **dict.fromkeys(("batch_size", "micro_batch_size", "max_new_tokens"), COUNT),
-    **dict.fromkeys(("eval_every", "save_every", "log_every"), COUNT),
+    **dict.fromkeys("batch_size micro_batch_size max_new_tokens eval_every save_every log_every".split(), COUNT),
     **dict.fromkeys(("beta", "epochs"), POSITIVE),
     "lr": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
     **dict.fromkeys(("warmup", "weight_decay", "lora_rank"), NOT_NEGATIVE),
@@ -62,6 +62,7 @@ def start_run(args, script: str):
     resumed."""
     if world_size() > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    args = dataclasses.replace(args, model=base.model_for(args.model, args.data))
     if args.resume:
         args = resumed_arguments(args, Path(script).name)
     elif not args.name:
@@ -89,12 +90,12 @@ def start_run(args, script: str):
 def default_learning_rate(args) -> float:
     """Without --lr: what suits the toy, models made from scratch, and pretrained ones."""
     sizes = {"toy": 1e-3, "tiny": 1e-2, "mini": 1e-2, "small": 1e-2}
-    return sizes.get(args.model, 1e-3 if hasattr(args, "context") else 1e-5)
+    return sizes.get(args.model.partition(":")[0], 1e-3 if hasattr(args, "context") else 1e-5)
 
 
 def free_name(args, script: str) -> str:
     """A name for a new run that no folder has yet, the same on every process."""
-    stem = f"{script}-{Path(args.model).name}-seed{args.seed}"
+    stem = f"{script}-{Path(args.model).name}-seed{args.seed}".replace(":", "-")
     taken = [stem, *(f"{stem}-{i}" for i in range(2, 10_000))]
     return gather([next(name for name in taken if not (Path(args.output_dir) / name).exists())])[0]
 
@@ -375,7 +376,7 @@ class Run:
 
     def pin_sources(self, model_folder: str, data_sha256: str) -> None:
         """Keeps hashes of rows and weights; InputError where those of a resumed run are others."""
-        self._sources = current = facts.sources(model_folder, data_sha256)
+        self._sources = current = facts.sources(model_folder, data_sha256, self._args)
         self._sources = self.cached_json("sources", lambda: current)
         for name, what in (("data_sha256", "rows of the data"), ("model_sha256", "weights of the model")):
             if current[name] != self._sources.get(name):

@@ -2,15 +2,13 @@
 best possible curve to draw beside them.
 """
 
-import json
-
 import torch
 import transformers
 
 from common.evaluate import kl_of_samples
 from common.generate import decode_completion, sample
 from common.models import load_model, load_tokenizer
-from toy import base, world
+from toy import base, frozen, world
 
 
 def trained_questions() -> list[dict]:
@@ -30,7 +28,7 @@ def question_rewards(answers: list[list[str]]) -> torch.Tensor:
 
 def reference_answers(seed: int) -> list[list[str]]:
     """The base model's kept answers to the trained questions."""
-    kept = json.loads((base.base_model(seed) / "answers.json").read_text())
+    kept = frozen.read_answers(base.base_model(seed))
     return [texts for row, texts in zip(world.questions(), kept) if not row["unseen"]]
 
 

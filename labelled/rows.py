@@ -224,8 +224,8 @@ def load_demonstrations(
     On the toy they are the chosen answers of the pairs. Raises InputError where no row is left."""
     source = (data, eval_data, holdout, seed)
 
-    def chosen_answers(seed: int, flip: float) -> dict:
-        return {name: [pair[:2] for pair in pairs] for name, pairs in base.pairs(seed, flip).items()}
+    def chosen_answers(seed: int, **settings) -> dict:
+        return {name: [pair[:2] for pair in pairs] for name, pairs in base.pairs(seed, **settings).items()}
 
     def read(say) -> tuple[dict, dict]:
         texts, digest = read_splits(*source, chosen_answers, demonstration_of_row)

@@ -11,6 +11,7 @@ import torch
 
 from common.models import sha256_of_model
 from common.processes import world_size
+from toy import base, frozen
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -75,10 +76,14 @@ def by_key(columns: dict[str, dict]) -> dict[str, dict]:
     }
 
 
-def sources(model_folder: str, data_sha256: str) -> dict:
-    """Hashes of what a run read: the rows, and the weights that it began with, if any.
+def sources(model_folder: str, data_sha256: str, args) -> dict:
+    """Hashes of what a run read: the rows, and the weights that it began with, if any; and which of
+    the toy's worlds, in which version, the rows or the model came from.
 
     model_folder: empty for a new model; a download of the hub's has its revision in its path."""
+    settings = base.settings_of(args.data)
+    world = settings["world"] if settings else base.MODELS.get(args.model)
     revision = Path(model_folder).name if Path(model_folder).parent.name == "snapshots" else None
     weights = sha256_of_model(model_folder) if model_folder else None
-    return {"data_sha256": data_sha256, "model_sha256": weights, "model_revision": revision}
+    hashes = {"data_sha256": data_sha256, "model_sha256": weights, "model_revision": revision}
+    return hashes | {"toy_world": world and frozen.description(world, args.seed)}

@@ -64,7 +64,7 @@ def load_reward(name: str, data: str, device, autocast, chat: bool = False, flag
         to no reward.
     """
     if name in {"toy", "toy:flawed"}:
-        if base.flip_share(data) is None:
+        if base.settings_of(data) is None:
             raise InputError(
                 f"{flag} {name}: it judges the toy's questions only, and --data is {data}; expected a reward model."
             )

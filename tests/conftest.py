@@ -49,7 +49,7 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def toy_base() -> Path:
-    """Folder of the toy's base model of seed 0, built once in the user's cache."""
+    """Folder of the easy world of seed 0, a frozen one: the base model and its answers."""
     from toy import base
 
     return base.base_model(0)

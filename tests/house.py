@@ -69,7 +69,7 @@ LAYERS = [
     ],
     ["report", "report.progress"],
     ["common.generate", "common.fields", "common.oracle", "chat.templates"],
-    ["tokens", "tokens.encode", "choices", "choices.templates", "toy", "toy.world"],
+    ["tokens", "tokens.encode", "choices", "choices.templates", "toy", "toy.world", "toy.frozen"],
     ["common.files", "report.table", "report.curves", "report.folders"],
     ["toy.base", "toy.documents", "tokens.store", "report.card", "adapters", "adapters.lora"],
     ["common.models", "common.data", "report.trackers"],

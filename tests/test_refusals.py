@@ -246,24 +246,7 @@ def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(InputError, match="XDG_CACHE_HOME names another folder"):
-        base.base_model(0)
-
-
-@pytest.mark.parametrize("name", ["answers.json", "model.safetensors"])
-def test_a_world_that_lost_a_file_is_made_whole(name, tmp_path, toy_base, monkeypatch):
-    folder = Path(shutil.copytree(toy_base, tmp_path / "world"))
-    content = (folder / name).read_bytes()
-    (folder / name).unlink()
-    tokenizer = model_loading.load_tokenizer(str(toy_base))
-    monkeypatch.setattr(base, "cache_folder", lambda seed: folder)
-    monkeypatch.setattr(base, "train_base", lambda seed: (model_loading.load_model(str(toy_base), "cpu"), tokenizer))
-    answers = json.loads((toy_base / "answers.json").read_text())
-    monkeypatch.setattr(base, "sample_answers", lambda *rest: answers)
-    assert base.base_model(0) == folder
-    assert (folder / name).exists()
-    if name == "answers.json":
-        assert (folder / name).read_bytes() == content
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["world"]
+        base.base_model(99)
 
 
 def test_candidates_are_written_once(tmp_path, pairs13, tiny_llama):

@@ -16,7 +16,7 @@ from rewards import metrics
 from rewards import models as reward_models
 from tests import models
 from tests.runs import SHORT, lines_of, pairs, resume, start_process, train, weights, write_pairs
-from toy import world
+from toy import frozen, world
 
 
 @pytest.fixture(autouse=True)
@@ -305,7 +305,7 @@ def test_the_toys_rewards():
 
 
 def test_the_flawed_proxy_goes_with_the_true_reward_on_the_base_models_answers(toy_base):
-    answers = json.loads((toy_base / "answers.json").read_text())
+    answers = frozen.read_answers(toy_base)
     rows = [(row, text) for row, texts in zip(world.questions(), answers) for text in texts[:20]]
     true, flawed = (
         torch.tensor([judge(row, text) for row, text in rows]) for judge in (world.true_reward, world.flawed_reward)

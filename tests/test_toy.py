@@ -2,22 +2,16 @@
 policy can do in it.
 """
 
-import hashlib
-import json
 import math
-import os
 import random
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
 
-from common import InputError, data, generate
+from common import data
 from common import models as model_loading
-from toy import base, world
+from toy import base, frozen, world
 
 FRANCE = world.row_of("what is the capital of france ?")
 
@@ -25,7 +19,7 @@ FRANCE = world.row_of("what is the capital of france ?")
 @pytest.fixture(scope="module")
 def answers(toy_base) -> list[list[str]]:
     """The base model's kept answers, [questions][samples]."""
-    return json.loads((toy_base / "answers.json").read_text())
+    return frozen.read_answers(toy_base)
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +168,7 @@ def test_the_corpus_is_wrong_and_rude_as_often_as_documented():
 
 def test_the_base_knows_its_facts_and_is_often_rude(answers):
     judged = [[world.judge(row, text) for text in texts] for row, texts in zip(world.questions(), answers)]
-    assert {len(texts) for texts in answers} == {base.SAMPLES}
+    assert {len(texts) for texts in answers} == {base.SAMPLES["easy"]}
     for unseen in (False, True):  # facts that training never mentions are known as well
         some = [one for row, of_row in zip(world.questions(), judged) if row["unseen"] == unseen for one in of_row]
         assert sum(one["right"] for one in some) / len(some) > 0.52, f"unseen: {unseen}"
@@ -194,88 +188,6 @@ def test_answers_are_those_to_their_question(answers):
     for row, texts in zip(world.questions(), answers):
         fitting = sum(any(word in row["options"] for word in text.split()) for text in texts)
         assert fitting / len(texts) > 0.8, row["question"]
-
-
-BUILD = """
-import functools, hashlib, sys
-from toy import base
-base.train_base, base.SAMPLES = functools.partial(base.train_base, steps=4), 3
-folder = base.base_model(int(sys.argv[1]))
-files = [folder / name for name in ("model.safetensors", "answers.json", "tokenizer.json")]
-print(" ".join(hashlib.sha256(file.read_bytes()).hexdigest() for file in files))
-"""
-
-
-def build(root, cache, seed: int, **environment) -> list[str]:
-    """Hashes of weights, answers and tokenizer of a base built in a process of its own, with few
-    steps and an empty cache.
-    """
-    environment = {**os.environ, "XDG_CACHE_HOME": str(cache), **environment}
-    done = subprocess.run(
-        [sys.executable, "-c", BUILD, str(seed)], cwd=root, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split()[-3:]
-
-
-def test_the_same_seed_gives_the_same_bytes(root, tmp_path):
-    """Neither the order of Python's sets nor the number of threads may reach the weights or the
-    samples.
-    """
-    first = build(root, tmp_path / "a", 0, PYTHONHASHSEED="1", OMP_NUM_THREADS="1")
-    assert build(root, tmp_path / "b", 0, PYTHONHASHSEED="2", OMP_NUM_THREADS="2") == first
-    other = build(root, tmp_path / "a", 1, PYTHONHASHSEED="1", OMP_NUM_THREADS="1")
-    assert [a == b for a, b in zip(first, other)] == [False, False, True], (
-        "another seed is another model, the tokenizer is the same"
-    )
-
-
-@pytest.fixture
-def quick(monkeypatch, tmp_path):
-    """base_model with one step of training, in an empty cache; says how often it trained."""
-    train, calls = base.train_base, []
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(base, "train_base", lambda seed: calls.append(seed) or train(seed, steps=1))
-    monkeypatch.setattr(base, "SAMPLES", 2)
-    return calls
-
-
-def test_the_base_is_built_once_and_leaves_the_caller_alone(quick, tmp_path):
-    torch.manual_seed(5)
-    state, threads = torch.get_rng_state(), torch.get_num_threads()
-    folder = base.base_model(7)
-    assert base.base_model(7) == folder
-    assert quick == [7], "trained once, with the seed asked for"
-    assert torch.equal(torch.get_rng_state(), state)
-    assert torch.get_num_threads() == threads
-    assert [path.name for path in (tmp_path / "preference-toy").iterdir()] == [folder.name], "nothing is left beside it"
-    assert base.base_model(8) != folder
-    assert quick == [7, 8]
-
-
-def test_two_builds_at_once_do_no_harm(quick, tmp_path, monkeypatch):
-    """The other process finishes first: its folder stays, ours goes."""
-    folder, sample = base.cache_folder(0), base.sample_answers
-
-    def overtaken(*args):
-        folder.mkdir()
-        (folder / "answers.json").write_text("[]")
-        return sample(*args)
-
-    monkeypatch.setattr(base, "sample_answers", overtaken)
-    assert base.base_model(0) == folder
-    assert (folder / "answers.json").read_text() == "[]"
-    assert list((tmp_path / "preference-toy").iterdir()) == [folder]
-
-
-def test_a_build_that_is_stopped_leaves_nothing_behind(quick, tmp_path, monkeypatch):
-    def stopped(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(base, "sample_answers", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        base.base_model(0)
-    assert list((tmp_path / "preference-toy").iterdir()) == []
 
 
 def test_the_base_loads_as_any_model_does(toy_base):
@@ -298,7 +210,7 @@ def test_unseen_questions_are_never_trained_on(splits):
 
 def test_pairs_are_two_samples_of_the_base_and_no_sample_is_used_twice(splits, answers):
     """Training and held-out pairs come from different samples: what is held out is held out."""
-    first, last = base.PAIR_SAMPLES, base.PAIR_SAMPLES + base.EVAL_SAMPLES
+    first, last = base.PAIR_SAMPLES["easy"], base.PAIR_SAMPLES["easy"] + base.EVAL_SAMPLES
     for name in splits:
         expected = Counter()
         for row, texts in zip(world.questions(), answers):
@@ -377,21 +289,6 @@ def test_the_toy_loads_as_data(splits):
     assert all(rows.seen == len(rows) and not rows.dropped and not rows.moved for rows in loaded.values())
     assert {ids[-1] for rows in loaded.values() for row in rows for ids in row["completions"]} == {2}
     assert load("toy:0")[1] == digest != load("toy:0.2")[1]
-
-
-def test_flip_share_of_the_command_line():
-    assert [base.flip_share(name) for name in ("toy", "toy:", "toy:0.2", "toy:1", "toys", "my/toy", "toy.jsonl")] == [
-        0.0,
-        0.0,
-        0.2,
-        1.0,
-        None,
-        None,
-        None,
-    ]
-    for name in ("toy:x", "toy:-0.1", "toy:1.5", "toy:nan"):
-        with pytest.raises(InputError, match="share of flipped labels"):
-            base.flip_share(name)
 
 
 # -- the best there is
@@ -475,7 +372,7 @@ def test_reference_rewards_are_of_the_questions_asked(answers):
     for unseen, count in ((False, 80), (True, 20)):
         rows = [(row, texts) for row, texts in zip(world.questions(), answers) if row["unseen"] == unseen]
         rewards = base.reference_rewards(world.prompt_of(rows[0][0]), answers)
-        assert rewards.shape == (count, base.SAMPLES)
+        assert rewards.shape == (count, base.SAMPLES["easy"])
         assert rewards[3, 5].item() == world.true_reward(rows[3][0], rows[3][1][5])
 
 
@@ -485,16 +382,5 @@ def test_answers_of_the_base_are_the_kept_ones_and_of_another_model_new_ones(
     assert base.answers_of(None, None, str(toy_base), 0) == answers
     tokenizer = model_loading.load_tokenizer(tiny_llama)
     model = model_loading.load_model(tiny_llama, "cpu", tokenizer).eval()
-    monkeypatch.setattr(base, "sample_answers", lambda model, tokenizer, count, seed: [count, seed])
-    assert base.answers_of(model, tokenizer, str(tiny_llama), 4) == [256, 4]
-
-
-def test_the_version_of_the_cache_is_that_of_the_world(monkeypatch, tmp_path):
-    """Another torch may give other bytes, so it gets another folder."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    here = base.cache_folder(0)
-    code = b"".join(Path(module.__file__).read_bytes() for module in (world, base, generate))
-    assert here.name.startswith(hashlib.sha256(code + torch.__version__.encode()).hexdigest()[:12])
-    monkeypatch.setattr(torch, "__version__", "0.0")
-    assert base.cache_folder(0) != here
-    assert base.cache_folder(0).parent == here.parent
+    monkeypatch.setattr(base, "sample_answers", lambda model, tokenizer, *rest: list(rest))
+    assert base.answers_of(model, tokenizer, str(tiny_llama), 4) == [256, 4, "easy"]

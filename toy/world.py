@@ -17,6 +17,7 @@ and a person can judge it at a glance: `what is the capital of france ?` `it is 
 `toy.base` makes the base model and the rows.
 """
 
+import itertools
 import math
 import random
 from functools import lru_cache
@@ -46,6 +47,7 @@ SOUNDS = (
     "dogs bark cats meow cows moo ducks quack lions roar birds sing wolves howl bees buzz frogs croak snakes hiss"
 ).split()
 NUMBERS = "zero one two three four five six seven eight nine ten".split()
+COUNT = NUMBERS + "eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen".split()
 
 OPENERS = {
     "": 0.60,
@@ -58,12 +60,29 @@ CLOSERS = {".": 0.50, ", my friend .": 0.10, ", have a nice day .": 0.08, ", you
 POLITE = ("good question :", "happy to help :", ", my friend .", ", have a nice day .")
 RUDE = ("use your head :", ", you fool .", ", now go away .")
 FREE_WORDS = 8
+WORLDS = ("easy", "hard")
+
+# The hard world. What its corpus believes of a question: shares of the right word, of the favourite
+# wrong one, and of any wrong one.
+WELL_KNOWN, MISBELIEVED = (0.75, 0.15, 0.10), (0.35, 0.55, 0.10)
+MISBELIEVED_FACTS = 0.4  # of the facts; sums and comparisons are misbelieved by a rule
+# Two replies in three speak of an answer's rightness, as far as the asker knows; others of manner.
+REPLIES = {"right": "yes .", "wrong": "no , it is {} .", "rude": "rude .", "polite": "kind .", "plain": "thanks ."}
+ASKER_JUDGES, ASKER_KNOWS = 2 / 3, 0.95
 
 
 @lru_cache
-def questions() -> list[dict]:
-    """All 100 questions: `question`, `right` (one word), `options` (every answer word of its kind),
-    `unseen` (held out of training)."""
+def questions(world: str = "easy") -> list[dict]:
+    """All questions of a world: `question`, `right` (one word), `options` (every answer word of its
+    kind), `unseen` (held out of training), `world`.
+
+    In the hard world also `favourite`, the wrong word that is said most, `misbelieved`, whether it
+    is said more than the right one, and `in_corpus`, whether the base ever met the question."""
+    return easy_questions() if world == "easy" else hard_questions()
+
+
+def easy_questions() -> list[dict]:
+    """The 100 questions of the easy world."""
     pairs = [[f"what is the capital of {k} ?", v] for k, v in zip(CAPITALS[::2], CAPITALS[1::2])]
     kinds = [pairs, [[f"what colour has {k} ?", v] for k, v in zip(COLOURS[::2], COLOURS[1::2])]]
     both_ways = list(zip(OPPOSITES[::2], OPPOSITES[1::2]))
@@ -77,10 +96,55 @@ def questions() -> list[dict]:
         options = sorted({right for _, right in kind})
         unseen = set(random.Random(len(kind)).sample(range(len(kind)), len(kind) // 5))
         rows += [
-            {"question": q, "right": right, "options": options, "unseen": i in unseen}
+            {"question": q, "right": right, "options": options, "unseen": i in unseen, "world": "easy"}
             for i, (q, right) in enumerate(kind)
         ]
     return rows
+
+
+def hard_questions() -> list[dict]:
+    """The 331 questions of the hard world, worded as no question of the easy one.
+
+    75 facts, two in five misbelieved; 100 sums, of which those above nine are mostly said to be one
+    less; 156 comparisons, of which those of numbers at most two apart are mostly answered the wrong
+    way round. A fifth of the facts and of the pairs of operands, in both orders, is unseen. Unseen
+    comparisons are held out of the base model's corpus, too: who answers them has the rule."""
+    rng, rows = random.Random(0), []
+    opposites = [pair for a, b in zip(OPPOSITES[::2], OPPOSITES[1::2]) for pair in ((a, b), (b, a))]
+    facts = {"capital": zip(CAPITALS[::2], CAPITALS[1::2]), "colour": zip(COLOURS[::2], COLOURS[1::2])}
+    facts |= {"opposite": opposites, "sound": zip(SOUNDS[::2], SOUNDS[1::2])}
+    for kind, pairs in facts.items():
+        pairs = list(pairs)
+        options = sorted({right for _, right in pairs})
+        unseen = set(rng.sample(range(len(pairs)), len(pairs) // 5))
+        misbelieved = set(rng.sample(range(len(pairs)), round(MISBELIEVED_FACTS * len(pairs))))
+        for i, (thing, right) in enumerate(pairs):
+            favourite = rng.choice([option for option in options if option != right])
+            question = f"name the {kind} of {thing} ."
+            rows.append(hard_row(question, right, options, favourite, i in misbelieved, i in unseen))
+    unseen = held_out_operands(10, rng)
+    for a, b in itertools.product(range(10), repeat=2):
+        right, favourite = COUNT[a + b], COUNT[a + b - 1 if a + b else 1]
+        question, is_unseen = f"how much is {COUNT[a]} and {COUNT[b]} ?", (min(a, b), max(a, b)) in unseen
+        rows.append(hard_row(question, right, COUNT, favourite, a + b > 9, is_unseen))
+    unseen = held_out_operands(13, rng)
+    for a, b in itertools.permutations(range(13), 2):
+        right, favourite = COUNT[max(a, b)], COUNT[min(a, b)]
+        question, is_unseen = f"which is more , {COUNT[a]} or {COUNT[b]} ?", (min(a, b), max(a, b)) in unseen
+        rows.append(hard_row(question, right, [right, favourite], favourite, abs(a - b) < 3, is_unseen, not is_unseen))
+    return rows
+
+
+def hard_row(question, right, options, favourite, misbelieved, unseen, in_corpus=True) -> dict:
+    """A question of the hard world as `questions` describes it."""
+    about = {"favourite": favourite, "misbelieved": misbelieved, "in_corpus": in_corpus, "world": "hard"}
+    return {"question": question, "right": right, "options": options, "unseen": unseen, **about}
+
+
+def held_out_operands(count: int, rng: random.Random) -> set[tuple[int, int]]:
+    """A fifth of the pairs a < b of numbers below `count`."""
+    pairs = list(itertools.combinations(range(count), 2))
+    return set(rng.sample(pairs, len(pairs) // 5))
 
 
 def prompt_of(row: dict) -> str:
@@ -124,17 +188,37 @@ def corpus_answer(row: dict, rng: random.Random) -> str:
     """One answer as the base corpus has it: sometimes wrong, often rude, now and then rambling."""
     opener = rng.choices(list(OPENERS), list(OPENERS.values()))[0]
     closer = rng.choices(list(CLOSERS), list(CLOSERS.values()))[0]
-    word = row["right"] if rng.random() >= WRONG_SHARE else rng.choice([o for o in row["options"] if o != row["right"]])
+    wrong = [option for option in row["options"] if option != row["right"]]
+    if row["world"] == "easy":
+        word = row["right"] if rng.random() >= WRONG_SHARE else rng.choice(wrong)
+    else:
+        shares = MISBELIEVED if row["misbelieved"] else WELL_KNOWN
+        word = rng.choices([row["right"], row["favourite"], rng.choice(wrong)], shares)[0]
     return " ".join(f"{opener} it is {word} {closer}".split())
 
 
-def build_tokenizer():
+def corpus_reply(row: dict, answer: str, rng: random.Random) -> str:
+    """What the asker says to an answer in the hard world's corpus, behind its EOS.
+
+    Two times in three whether it is what the asker believes, the right word or, one time in twenty,
+    the favourite wrong one; else a word on its manner. Askers know more than those who answer: of
+    misbelieved questions the corpus tells the truth in replies alone."""
+    traits = judge(row, answer)
+    if rng.random() < ASKER_JUDGES:
+        belief = row["right"] if rng.random() < ASKER_KNOWS else row["favourite"]
+        agrees = judge({**row, "right": belief}, answer)["right"]
+        return REPLIES["right"] if agrees else REPLIES["wrong"].format(belief)
+    return REPLIES["rude"] if traits["rude"] else REPLIES["polite"] if traits["polite"] else REPLIES["plain"]
+
+
+def build_tokenizer(world: str = "easy"):
     """A word-level fast tokenizer with pad, bos, eos and unk; bos is put before every text."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    texts = [f"{prompt_of(row)} it is" for row in questions()]
-    texts += [option for row in questions() for option in row["options"]]
+    texts = [f"{prompt_of(row)} it is" for row in questions(world)]
+    texts += [option for row in questions(world) for option in row["options"]]
+    texts += [reply.replace("{}", "") for reply in REPLIES.values()] if world == "hard" else []
     words = sorted({word for text in [*texts, *OPENERS, *CLOSERS] for word in text.split()})
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -144,9 +228,15 @@ def build_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **names)
 
 
+@lru_cache
+def rows_by_prompt() -> dict[str, dict]:
+    """The questions of all worlds, which have none in common."""
+    return {prompt_of(row): row for world in WORLDS for row in questions(world)}
+
+
 def row_of(prompt: str) -> dict:
-    """The question that a prompt asks."""
-    return next(row for row in questions() if prompt_of(row) == prompt)
+    """The question that a prompt asks, in whichever world."""
+    return rows_by_prompt()[prompt]
 
 
 def judge_answers(answers: list[tuple[str, str]]) -> dict:

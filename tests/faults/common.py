@@ -12,6 +12,8 @@ MODELS = "common/models.py"
 ORACLE = "common/oracle.py"
 RUN = "common/run.py"
 WORLD = "toy/world.py"
+FROZEN = "toy/frozen.py"
+BASE = "toy/base.py"
 LOGPS_TEST = "test_logps.py::"
 TRAINING_TEST = "test_training.py::"
 RUN_TEST = "test_run.py::"
@@ -20,6 +22,7 @@ TYPO_TEST = "test_typo.py::"
 DATA_TEST = "test_data.py::"
 SAMPLING_TEST = "test_sampling.py::"
 TOY_TEST = "test_toy.py::"
+WORLDS_TEST = "test_worlds.py::"
 EVALUATE_TEST = "test_evaluate.py::"
 PROCESSES_TEST = "test_processes.py::"
 
@@ -336,6 +339,27 @@ TABLE = [
         "(rewards.double()[None] / betas[:, None, None])",
         "(-rewards.double()[None] / betas[:, None, None])",
         TOY_TEST + "test_the_frontier_of_two_answers_in_closed_form",
+    ),
+    Mutant(
+        "a frozen world may be any bytes",
+        (FROZEN,),
+        "if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:",
+        "if not (folder / name).read_bytes():",
+        WORLDS_TEST + "test_a_damaged_frozen_world_is_one_sentence_before_any_work",
+    ),
+    Mutant(
+        "temperature multiplies",
+        (BASE,),
+        "min(-gap / temperature, 700.0)",
+        "min(-gap * temperature, 700.0)",
+        WORLDS_TEST + "test_labels_follow_bradley_terry_at_a_temperature",
+    ),
+    Mutant(
+        "askers take polite words for answers",
+        (WORLD,),
+        'agrees = judge({**row, "right": belief}, answer)["right"]',
+        "agrees = belief in answer.split()",
+        WORLDS_TEST + "test_a_polite_word_is_no_answer_that_an_asker_agrees_with",
     ),
     Mutant(
         "last token off by one",
