@@ -73,8 +73,7 @@ def start_run(args, script: str):
         if hasattr(args, name) and not holds(getattr(args, name)):
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {expected}.")
     for source in filter(None, (args.data, getattr(args, "eval_data", None))):
-        # At once, before the toy's base model is built; names with a colon are no files.
-        if ":" not in source and files.is_row_file(source) and not Path(source).exists():
+        if ":" not in source and files.is_row_file(source) and not Path(source).exists():  # a colon is no file's
             raise InputError(f"{source}: no such file.")
     lora.check_arguments(args)
     refuse_read_only(Path(args.output_dir))
