@@ -11,7 +11,7 @@ judge's rows, the other half's as test reward. Data are those below $PREFERENCE_
 
 Of each file `--rows` rows train and evaluate policies, and as many as `--judge-rows` others, with
 other prompts, train the judge (reward_model.py). Equal tuning: each method runs at every one of
-`--lrs` with the first seed; the learning rate with the largest held-out value of CHOICE counts, the
+`--lrs` with the first seed; the learning rate with the best held-out value of CHOICE counts, the
 smaller one of two that are equal, and the other seeds run at it. A run's held-out prompts are then
 answered by it and by the model that it began with, and the judge says which answer is better.
 
@@ -58,9 +58,11 @@ METHODS = {
 CHOICE = {  # what decides between learning rates, of a run's held-out report
     **dict.fromkeys(("dpo", "cdpo", "typo", "dph"), "reward_accuracy"),
     **dict.fromkeys(("pointwise_dpo", "ulma"), "reward_auc"),
-    **{"sft": "preference_accuracy", "superhf": "reward", "ppo": "reward"},
+    **{"sft": "perplexity", "superhf": "reward", "ppo": "reward"},
 }
-KEPT = ("preference_accuracy", "reward_accuracy", "logps_auc", "reward_auc", "reward", "test_reward", "kl", "length")
+LEAST = {"perplexity"}  # of these the smallest value counts
+KEPT = ("preference_accuracy", "reward_accuracy", "logps_auc", "reward_auc", "perplexity", "reward", "test_reward")
+KEPT += ("kl", "length")
 SAMPLES = 5  # answers of each run that its line keeps, with the base model's beside them
 
 
@@ -207,11 +209,17 @@ def line_of(key: dict, summary: dict) -> dict:
 
 
 def best_lr(lines: list[dict], name: str, method: str, seed: int) -> float:
-    """The learning rate with the largest held-out value of CHOICE among the first seed's runs; of
-    equal ones the smallest.
+    """The learning rate with the best held-out value of CHOICE among the first seed's runs; of equal
+    ones the smallest.
+
+    Raises InputError where a run has no such value, which would decide nothing.
     """
     tried = [line for line in lines if (line["data"], line["method"], line["seed"]) == (name, method, seed)]
-    return max(tried, key=lambda line: (line["after"].get(CHOICE[method], -torch.inf), -line["lr"]))["lr"]
+    measure = CHOICE[method]
+    if any(line["after"].get(measure) is None for line in tried):
+        raise InputError(f"{method} on {name}: a run has no held-out {measure}, by which its learning rate is chosen.")
+    sign = -1 if measure in LEAST else 1
+    return max(tried, key=lambda line: (sign * line["after"][measure], -line["lr"]))["lr"]
 
 
 def work_on(args: Args, name: str, lines: list[dict]) -> None:

@@ -326,6 +326,12 @@ def test_of_equal_learning_rates_the_smaller_one_counts():
 
     lines = [line(3e-5, 0.7), line(1e-5, 0.7), line(3e-6, 0.6), line(1e-4, 0.9, seed=1), line(1e-4, 0.9, method="dph")]
     assert chat_model.best_lr(lines, "d", "dpo", 0) == 1e-5
+    # Of SFT's perplexities the smallest counts, and a run without one decides nothing.
+    lines = [line | {"method": "sft", "after": {"perplexity": 5 - 1e5 * line["lr"]}} for line in lines]
+    assert chat_model.best_lr(lines, "d", "sft", 0) == max(line["lr"] for line in lines if line["seed"] == 0)
+    lines[0]["after"] = {"preference_accuracy": 0.5}
+    with pytest.raises(InputError, match="no held-out perplexity"):
+        chat_model.best_lr(lines, "d", "sft", 0)
 
 
 @pytest.mark.study
