@@ -9,11 +9,13 @@ pairs: DPO, cDPO, TYPO, DPH and SFT on four files of pairs. labelled: point-wise
 files of scored answers. policies: SuperHF and PPO against the reward model of one half of the
 judge's rows, the other half's as test reward. Data are those below $PREFERENCE_DATA.
 
-Of each file `--rows` rows train and evaluate policies, and as many as `--judge-rows` others, with
-other prompts, train the judge (reward_model.py). Equal tuning: each method runs at every one of
-`--lrs` with the first seed; the learning rate with the best held-out value of CHOICE counts, the
-smaller one of two that are equal, and the other seeds run at it. A run's held-out prompts are then
-answered by it and by the model that it began with, and the judge says which answer is better.
+Rows become chats: a prompt is a user's message, a dialogue its turns, and all goes through the
+model's template. Of each file `--rows` rows train and evaluate policies, and as many as `--judge-
+rows` others, with other prompts, train the judge (reward_model.py). Equal tuning: each method runs
+at every one of `--lrs` with the first seed; the learning rate with the best held-out value of
+CHOICE counts, the smaller one of two that are equal, and the other seeds run at it. A run's held-
+out prompts are then answered by it and by the model that it began with, and the judge says which
+answer is better.
 
 Every run adds a line to results/chat_model.jsonl, and one that has its line is not made again.
 """
@@ -21,6 +23,7 @@ Every run adds a line to results/chat_model.jsonl, and one that has its line is 
 import json
 import os
 import random
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +66,8 @@ CHOICE = {  # what decides between learning rates, of a run's held-out report
 LEAST = {"perplexity"}  # of these the smallest value counts
 KEPT = ("preference_accuracy", "reward_accuracy", "logps_auc", "reward_auc", "perplexity", "reward", "test_reward")
 KEPT += ("kl", "length")
+TURN = re.compile(r"\n\n(Human|Assistant):")  # of Anthropic's dialogues
+ROLES = {"Human": "user", "Assistant": "assistant"}
 SAMPLES = 5  # answers of each run that its line keeps, with the base model's beside them
 
 
@@ -90,6 +95,8 @@ class Args:
     """Tokens of prompt and one answer."""
     max_new_tokens: int = 96
     """Length limit of sampled answers, in tokens."""
+    temperature: float = 0.7
+    """Of the answers that are judged; the KL's samples are always drawn at temperature 1."""
     answers: int = 64
     """Held-out prompts that are answered for the win rate."""
     jobs: int = 1
@@ -103,6 +110,17 @@ class Args:
 
 
 # -- rows
+
+
+def messages_of(prompt: str) -> list[dict]:
+    """A prompt as chat messages: a dialogue's turns up to the empty one that asks for an answer, or
+    one message of the user's.
+    """
+    before, *pieces = TURN.split(prompt)
+    turns = [{"role": ROLES[role], "content": text.strip()} for role, text in zip(pieces[::2], pieces[1::2])]
+    if before.strip() or not turns or turns[-1] != {"role": "assistant", "content": ""}:
+        return [{"role": "user", "content": prompt.strip()}]
+    return turns[:-1]
 
 
 def write_file(path: Path, rows: list[dict]) -> Path:
@@ -122,13 +140,14 @@ def split_file(args: Args, name: str) -> tuple[Path, Path | None]:
     folder, rng = Path(args.runs) / "rows", random.Random(0)
     raw = read_rows(str(Path(root) / (PAIRS | LABELLED)[name]))
     if name in LABELLED:
-        rows = [row for _, row in raw]
+        rows = [row | {"prompt": messages_of(row["prompt"]), "response": row["response"].strip()} for _, row in raw]
         rng.shuffle(rows)
         return write_file(folder / f"{name}.jsonl", rows[: args.rows]), None
     pairs, _ = usable(raw, pair_of_row)
     prompts: dict[str, list] = {}
-    for pair in pairs:
-        prompts.setdefault(json.dumps(pair[0]), []).append(dict(zip(("prompt", "chosen", "rejected"), pair)))
+    for prompt, chosen, rejected in pairs:
+        row = {"prompt": messages_of(prompt), "chosen": chosen.strip(), "rejected": rejected.strip()}
+        prompts.setdefault(prompt, []).append(row)
     groups = list(prompts.values())
     rng.shuffle(groups)
     rows = [row for group in groups for row in group]
@@ -170,7 +189,8 @@ def train(args: Args, name: str, file: Path, method: str, lr: float, seed: int, 
 def answers_of(args: Args, model: str, prompts: Path, output: Path, seed: int) -> list[dict]:
     """The lines of a model's answers to a file of prompts, sampled where there are none yet."""
     if not output.exists():
-        answer_file(model, str(prompts), output, 1, args.max_new_tokens, seed=seed, max_length=args.max_length)
+        shape = {"temperature": args.temperature, "seed": seed, "max_length": args.max_length}
+        answer_file(model, str(prompts), output, 1, args.max_new_tokens, **shape)
     return [line for line in study.read_lines(output) if "answers" in line]
 
 
@@ -187,7 +207,7 @@ def compare(reward, answers: list[dict], base_answers: list[dict]) -> dict:
     rate, error = length_controlled_rate(wins, lengths)
     numbers = {"win_rate": wins.mean().item(), "win_rate_equal_length": rate, "win_rate_equal_length_se": error}
     numbers |= {"words": sum(len(text.split()) for text in texts) / len(texts), "answers": len(texts)}
-    samples = [[prompt, text, other] for prompt, text, other in zip(prompts, texts, others)][:SAMPLES]
+    samples = [[prompt[-1]["content"], *both] for prompt, *both in zip(prompts, texts, others)][:SAMPLES]
     return numbers | {"mean_reward": rewards.mean().item(), "samples": samples}
 
 
@@ -209,8 +229,8 @@ def line_of(key: dict, summary: dict) -> dict:
 
 
 def best_lr(lines: list[dict], name: str, method: str, seed: int) -> float:
-    """The learning rate with the best held-out value of CHOICE among the first seed's runs; of equal
-    ones the smallest.
+    """The learning rate with the best held-out value of CHOICE among the first seed's runs, of
+    equal ones the smallest.
 
     Raises InputError where a run has no such value, which would decide nothing.
     """

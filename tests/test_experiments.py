@@ -3,6 +3,7 @@ collecting of runs into a result file.
 """
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import dpo
 from common import InputError
 from experiments import chat_model, collect, pareto, partition, policies, reward_hacking, study, toy_frontier
-from tests.runs import ROOT, start_process, write_pairs
+from tests.runs import CHAT, ROOT, start_process, write_pairs
 
 # -- runs as processes
 
@@ -307,6 +308,17 @@ def test_a_small_grid_goes_on_where_it_stopped(tmp_path, toy_base, name):
 # -- the chat model's study
 
 
+def test_dialogues_become_turns_and_other_prompts_a_users_message():
+    def turn(role, content):
+        return {"role": role, "content": content}
+
+    dialogue = "\n\nHuman: Hi.\n\nIs it?\n\nAssistant: Yes.\n\nHuman: Why?\n\nAssistant:"
+    turns = [turn("user", "Hi.\n\nIs it?"), turn("assistant", "Yes."), turn("user", "Why?")]
+    assert chat_model.messages_of(dialogue) == turns
+    for prompt in (" Why? ", "Say:\n\nHuman: Hi.\n\nAssistant:", "\n\nHuman: Hi.", "\n\nHuman: Hi.\n\nAssistant: No."):
+        assert chat_model.messages_of(prompt) == [turn("user", prompt.strip())]
+
+
 def test_the_judges_prompts_are_never_the_policies(preference_data, tmp_path):
     args = chat_model.Args(model="m", part="pairs", rows=100, judge_rows=150, runs=str(tmp_path))
     for name in chat_model.PAIRS:
@@ -339,8 +351,10 @@ def test_a_chat_models_study_in_small(preference_data, tmp_path, capsys):
     """One method, two learning rates, one seed: lines with accuracies and win rates; nothing is
     made twice.
     """
+    model = shutil.copytree(preference_data / "models" / "stories260K", tmp_path / "stories")
+    (model / "chat_template.jinja").write_text(CHAT)
     args = chat_model.Args(
-        model=str(preference_data / "models" / "stories260K"),
+        model=str(model),
         part="pairs",
         data=("polite_instructions",),
         methods=("dpo",),
@@ -366,7 +380,7 @@ def test_a_chat_models_study_in_small(preference_data, tmp_path, capsys):
         assert line["after"]["kl"] > 0
         held_out = {json.dumps(prompt) for prompt, *_ in line["samples"]}
         trained = (tmp_path / "runs" / "rows" / "polite_instructions.jsonl").read_text().splitlines()
-        assert held_out <= {json.dumps(json.loads(row)["prompt"]) for row in trained}
+        assert held_out <= {json.dumps(json.loads(row)["prompt"][-1]["content"]) for row in trained}
     assert "pairs, polite_instructions" in capsys.readouterr().out
     chat_model.main(args)
     assert study.read_lines(tmp_path / "results" / "chat_model.jsonl") == lines
