@@ -7,6 +7,7 @@ A block stands between `<!-- generated: KIND ARGUMENTS -->` and `<!-- /generated
     code dpo.py main "for rows" "x"   of it the lines from that which begins with "for rows" to the
                                       next that begins with "x", or to the end where "x" is left out
     reading NAME                      a block of experiments/reading.py
+    chat_model table polite_...       what results/chat_model.jsonl says: experiments/chat_pages.py
 """
 
 import ast
@@ -144,8 +145,15 @@ def block(root: Path, words: str) -> str:
         if name not in reading():
             raise Unknown(f"experiments/reading.py has no block {name!r}")
         return reading()[name]
+    if kind == "chat_model":
+        from experiments import chat_pages
+
+        try:
+            return chat_pages.block(*arguments)
+        except KeyError as error:
+            raise Unknown(f"results/chat_model.jsonl has no {error.args[0]}") from None
     if kind not in {"diff", "code"}:
-        raise Unknown(f"{kind!r} is none of diff, code, reading")
+        raise Unknown(f"{kind!r} is none of diff, code, reading, chat_model")
     return {"diff": diff, "code": code}[kind](root, *arguments)
 
 

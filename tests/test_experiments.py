@@ -11,7 +11,17 @@ import pytest
 
 import dpo
 from common import InputError
-from experiments import chat_model, collect, pareto, partition, policies, reward_hacking, study, toy_frontier
+from experiments import (
+    chat_model,
+    chat_pages,
+    collect,
+    pareto,
+    partition,
+    policies,
+    reward_hacking,
+    study,
+    toy_frontier,
+)
 from tests.runs import CHAT, ROOT, start_process, write_pairs
 
 # -- runs as processes
@@ -344,6 +354,45 @@ def test_of_equal_learning_rates_the_smaller_one_counts():
     lines[0]["after"] = {"preference_accuracy": 0.5}
     with pytest.raises(InputError, match="no held-out perplexity"):
         chat_model.best_lr(lines, "d", "sft", 0)
+
+
+def made_line(method: str, lr: float, seed: int, value: float, kl: float) -> dict:
+    """A line as the chat model's study writes it."""
+    line = {"data": "d", "rows": 300, "method": method, "lr": lr, "seed": seed, "seconds": 60.0}
+    line |= {"peak_memory_bytes": 2**31, "git_commit": "abcdef0123", "device": "cpu, X", "win_rate": 0.5 + seed / 10}
+    line |= {"before": {"preference_accuracy": 0.45}, "after": {chat_model.CHOICE[method]: value, "kl": kl}}
+    line |= {"versions": {"torch": "2", "transformers": "5"}, "samples": [["a | b", "*yes*", f"{method} {lr}"]]}
+    return line
+
+
+def test_pages_show_the_chosen_rate_over_seeds_and_all_that_were_tried(tmp_path, monkeypatch):
+    lines = [made_line("dpo", 1e-5, 0, 0.6, 0.1), made_line("dpo", 1e-4, 0, 0.8, 3.0)]
+    lines += [
+        made_line("dpo", 1e-4, 1, 0.7, 2.0),
+        made_line("sft", 1e-5, 0, 9.0, 0.5),
+        made_line("sft", 1e-4, 0, 7.0, 1),
+    ]
+    study.write_lines(tmp_path / "lines.jsonl", lines)
+    monkeypatch.setattr(chat_pages, "RESULTS", tmp_path / "lines.jsonl")
+    head, _, untrained, dpo_row, sft_row = chat_pages.block("table", "d").splitlines()
+    cells = dict(zip(head.strip("| ").split(" | ")[-7:], dpo_row.strip("| ").split(" | ")[-7:]))
+    assert cells == {
+        "by the method's reward": "0.750 ± 0.071",
+        "perplexity": "-",
+        "KL, nats": "2.50 ± 0.71",
+        "win rate": "0.550 ± 0.071",
+        "minutes": "1.0 ± 0.0",
+        "GiB": "2.0 ± 0.0",
+        "seeds": "2",
+    }
+    assert dpo_row.startswith("| dpo | 0.0001 | 2 |")
+    assert sft_row.startswith("| sft | 0.0001 | 1 |")
+    assert untrained.startswith("| (as it came")
+    assert "1e-05: 0.600 (KL 0.10); 0.0001: 0.800 (KL 3.00)" in chat_pages.block("rates", "d")
+    assert chat_pages.block("samples", "d", "dpo").endswith(r"| a \| b | \*yes\* | dpo 0.0001 |")
+    assert chat_pages.block("facts", "d").startswith("5 runs of 300 rows, 0.1 hours of one thread; commit abcdef0;")
+    with pytest.raises(KeyError):
+        chat_pages.block("table", "other")
 
 
 @pytest.mark.study
