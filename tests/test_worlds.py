@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -258,6 +259,8 @@ def test_an_interrupted_build_leaves_nothing_and_says_so(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path)}
     words = [sys.executable, "-m", "toy.base", "--seed", "7"]
     started = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # A shell that starts something in the background has it ignore Ctrl-C, and that is inherited.
+    started["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(words, cwd=ROOT, env=environment, **started) as process:
         begun = process.stderr.read(20)  # the progress bar: the build is on its way
         process.send_signal(signal.SIGINT)
