@@ -9,7 +9,7 @@ Three systems take turns, each time in a fresh process, so that a peak of memory
 slow spell of the machine hits all alike:
 
     ours         dpo.py: the reference computed once before training, the prompt once for both
-                 answers, logits for completion tokens only
+                 answers, logits for completion tokens only; compiled: with its --compile
     TRL          DPOTrainer as it comes: gradient checkpointing, the reference at every step
     TRL, tuned   no gradient checkpointing, the reference's log-probabilities precomputed
 
@@ -58,7 +58,7 @@ from common.files import write_json
 from report.facts import device_name, git_commit
 
 FOLDER = Path(__file__).resolve().parent
-SYSTEMS = {"ours": "ours", "trl": "TRL", "trl-tuned": "TRL, tuned"}
+SYSTEMS = {"ours": "ours", "ours-compiled": "ours, compiled", "trl": "TRL", "trl-tuned": "TRL, tuned"}
 MEASURED = (
     "step_seconds",
     "step_processor_seconds",
@@ -77,8 +77,8 @@ class Args:
     """Random weights: gpt2-small (124M), llama-19m and llama-135m (vocabulary 49,152), tiny."""
     shapes: tuple[str, ...] = ("prompt-heavy", "even", "completion-heavy", "hh")
     """prompt-heavy, even, completion-heavy, short, long, tiny; hh: real ones (PREFERENCE_DATA)."""
-    systems: tuple[Literal["ours", "trl", "trl-tuned"], ...] = ("ours", "trl", "trl-tuned")
-    """Who takes part; ours alone needs no TRL."""
+    systems: tuple[Literal["ours", "ours-compiled", "trl", "trl-tuned"], ...] = ("ours", "trl", "trl-tuned")
+    """Who takes part; without TRL's two it need not be installed."""
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32",)
     """Of matrix products."""
     batch_size: int = 8
@@ -219,13 +219,15 @@ def summarise(results: dict[str, list[dict]]) -> dict:
 
 
 def comparisons(table: dict) -> list[tuple[str, str]]:
-    """Ours against each other system in the same dtype, and bfloat16 against float32."""
+    """Ours against each other system in the same dtype, and bfloat16, compiled too, against our
+    float32.
+    """
     pairs = []
-    for own in ("ours", "ours-bfloat16"):
-        ending = own.removeprefix("ours")
-        others = [key_of(system, ending[1:] or "float32") for system in SYSTEMS if system != "ours"]
-        pairs += [(own, other) for other in others if {own, other} <= table.keys()]
-    return pairs + [("ours-bfloat16", "ours")] * ({"ours", "ours-bfloat16"} <= table.keys())
+    for dtype in ("float32", "bfloat16"):
+        own, compiled = key_of("ours", dtype), key_of("ours-compiled", dtype)
+        pairs += [(compiled, own), *((own, key_of(system, dtype)) for system in ("trl", "trl-tuned"))]
+    pairs += [("ours-bfloat16", "ours"), ("ours-compiled-bfloat16", "ours")]
+    return [pair for pair in pairs if set(pair) <= table.keys()]
 
 
 # -- what is printed
@@ -299,7 +301,7 @@ def checked(args: Args) -> Args:
         args = replace(args, systems=("ours",), repeats=1)
     if args.device == "auto":
         args = replace(args, device="cuda" if torch.cuda.is_available() else "cpu")
-    if set(args.systems) != {"ours"} and "trl" not in versions():
+    if {"trl", "trl-tuned"} & set(args.systems) and "trl" not in versions():
         needs = "The comparison needs TRL: pip install trl (see requirements-optional.txt)."
         raise InputError(f"{needs} Without it: --systems ours.")
     return args

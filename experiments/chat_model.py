@@ -91,6 +91,8 @@ class Args:
     """Learning rate of the judges."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds; each holds out other prompts."""
+    batch_size: int = 8
+    """Pairs, rows or prompts of a step, of the judges too."""
     max_length: int = 384
     """Tokens of prompt and one answer."""
     max_new_tokens: int = 96
@@ -174,6 +176,7 @@ def judge_of(args: Args, name: str, judge_file: Path, half: str = "all") -> Path
     """The run folder of a reward model on the judge's rows, or on one half of their prompts."""
     folder = Path(args.runs) / f"judge-{name}-{half}"
     flags = {"model": args.model, "data": judge_file, "half": half, "lr": args.judge_lr, "max_length": args.max_length}
+    flags |= {"batch_size": args.batch_size}
     study.train("reward_model.py", folder, flags, args.extra)
     return folder
 
@@ -182,7 +185,7 @@ def train(args: Args, name: str, file: Path, method: str, lr: float, seed: int, 
     """(folder, summary) of one run."""
     folder = Path(args.runs) / f"{name}-{method}-{lr:g}-seed{seed}"
     flags = {"model": args.model, "data": file, "holdout": 0.2, "lr": lr, "seed": seed, "max_length": args.max_length}
-    flags |= {"max_new_tokens": args.max_new_tokens, **more}
+    flags |= {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens, **more}
     return folder, study.train(METHODS[args.part][method], folder, flags, args.extra)
 
 

@@ -416,7 +416,7 @@ def test_a_chat_models_study_in_small(preference_data, tmp_path, capsys):
         answers=5,
         runs=str(tmp_path / "runs"),
         output=str(tmp_path / "results" / "chat_model.jsonl"),
-        extra="--max-steps 2 --batch-size 8",
+        extra="--max-steps 2",
     )
     chat_model.main(args)
     lines = study.read_lines(tmp_path / "results" / "chat_model.jsonl")
