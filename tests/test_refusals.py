@@ -379,7 +379,7 @@ def test_ctrl_c_outside_of_the_loop_is_one_sentence(tmp_path):
 
 @pytest.mark.parametrize("script", ["dpo", "ulma", "ppo"])
 def test_a_missing_file_of_rows_is_refused_before_the_toys_base_model_is_built(script, tmp_path, pairs13, monkeypatch):
-    def asked(seed):
+    def asked(*_args, **_more):
         raise InputError("the base model was asked for")
 
     monkeypatch.setattr(base, "base_model", asked)

@@ -57,7 +57,7 @@ TABLE = [
     Mutant(
         "refusals: one learning rate for all models",
         ("common/run.py",),
-        'return sizes.get(args.model, 1e-3 if hasattr(args, "context") else 1e-5)',
+        'return sizes.get(args.model.partition(":")[0], 1e-3 if hasattr(args, "context") else 1e-5)',
         "return 1e-3",
         REFUSALS + "test_the_default_learning_rate_depends_on_the_model",
     ),
