@@ -213,8 +213,10 @@ def main(args: Args) -> None:
     torch.set_num_threads(1)
     if args.tiny:
         args.prompts, args.n, args.max_new_tokens, args.dtype, args.dtype_before = 2, 4, 4, "float32", "float32"
+    # Of a folder its name: where it lies is the machine's own affair.
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     about = {
-        "command": " ".join(["python", "benchmarks/sampling.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "benchmarks/sampling.py", *words]),
         "commit": git_commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": device_name(torch.device("cpu")),
