@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import house
+from tests import house, mutants
 
 
 def changed(path: Path, old: str, new: str) -> int:
@@ -330,3 +330,16 @@ def test_optional_packages_stand_in_one_file_and_messages_name_no_others():
     assert named <= listed
     for source in sources:
         assert source.count("pip install ") == source.count("requirements-optional.txt)")
+
+
+def test_every_fault_still_fits_the_code():
+    """A fault whose text is gone is made nowhere, and tells nothing; the run of all faults, which
+    says so too, takes minutes.
+    """
+    found = []
+    for mutant in mutants.whole_table():
+        for name in mutant.files:
+            count = (house.ROOT / name).read_text(encoding="utf-8").count(mutant.old)
+            if count != 1:
+                found.append(f"{mutant.name}: its text is {count} times in {name}, not once")
+    assert found == []
