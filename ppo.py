@@ -16,11 +16,13 @@ Means and whitenings are over completion tokens. V is a linear head on the polic
     torchrun --nproc-per-node 8 ppo.py --model gpt2 --data prompts.jsonl --lr 1e-5 \\
         --reward runs/reward_model-gpt2-seed0 --batch-size 16
 
-A batch (line i is row i's prompt and completion):
-    input_ids, position_ids, attention_mask [lines, length]: attention_mask is 0 at padding, else 1
+A batch (line i is row i: a prompt and its completions, or as many as fit):
+    input_ids, position_ids [lines, length]: positions restart after the prompt for each completion
+    attention_mask [lines, 1, length, length]: 0 where a token sees, -1e9 elsewhere; without shared
+    prompts [lines, length], 0 at padding, else 1
     logit_index, targets, sequence_ids [tokens]: flat position that predicts a completion token;
-    that token; the row it belongs to
-    completion_tokens [batch]: lengths of the completions
+    that token; the completion it belongs to, numbered as common.batches.collate does
+    completion_tokens, rewards [completions]: lengths and rewards, in the order of targets
     old_logps, old_values, advantages, returns [tokens]: while sampling, in the order of targets
 
 Differences from the authors' code (more details: docs/ppo.md):
@@ -301,8 +303,8 @@ def token_rewards(
 ) -> torch.Tensor:
     """-kl * (log pi - log ref) at each token, + the completion's reward at its last one; [tokens].
 
-    Args: rewards [batch], logps and ref_logps [tokens], the completions one after another,
-        completion_tokens [batch].
+    Args: rewards [completions], logps and ref_logps [tokens], the completions one after another,
+        completion_tokens [completions].
     """
     penalties = -kl * (logps - ref_logps)
     return penalties.index_add(0, completion_tokens.cumsum(0) - 1, rewards.to(penalties.dtype))
@@ -314,18 +316,43 @@ def std(values: torch.Tensor) -> float:
 
 
 def pad_rows(flat: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-    """[tokens], the completions one after another, as [batch, longest], 0 behind each one's end."""
+    """[tokens], the completions one after another, as [completions, longest], 0 behind ends."""
     return torch.nn.utils.rnn.pad_sequence(list(flat.split(lengths)), batch_first=True)
 
 
 def unpad_rows(padded: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-    """The same back, from [batch, longest] to [tokens]."""
+    """The same back, from [completions, longest] to [tokens]."""
     return torch.cat([row[:length] for row, length in zip(padded, lengths)])
 
 
-def with_lengths(batch: dict, rows: list[dict]) -> dict:
-    """The batch with its completions' lengths also as a list: none is read from the device."""
-    return batch | {"lengths": [len(row["completions"][0]) for row in rows]}
+def lines_of(groups: list[list[Completion]], most: int, max_length: int) -> list[dict]:
+    """Rows {"prompt", "completions", "rewards"} of a step, one a line: a prompt and at most `most`
+    of its completions, together at most `max_length` tokens, but one always.
+
+    Longer lines would spend on attention what they save on prompts. Empty completions are left out.
+    """
+    rows = []
+    for group in groups:
+        room = -1  # of the line at hand: none yet
+        for completion in (c for c in group if c.completion_ids):
+            ids = completion.completion_ids
+            if room < len(ids) or len(rows[-1]["completions"]) == most:
+                rows.append({"prompt": completion.prompt_ids, "completions": [], "rewards": []})
+                room = max_length - len(completion.prompt_ids)
+            rows[-1]["completions"].append(ids)
+            rows[-1]["rewards"].append(completion.reward)
+            room -= len(ids)
+    return rows
+
+
+def with_rewards(batch: dict, rows: list[dict]) -> dict:
+    """The batch with rewards and lengths of its completions in the order of targets, the lengths
+    also as a list: none is read from the device.
+    """
+    lengths = [len(ids) for row in rows for ids in row["completions"]]
+    rewards = [reward for row in rows for reward in row["rewards"]]
+    columns = {"completion_tokens": torch.tensor(lengths), "rewards": torch.tensor(rewards)}  # [completions] each
+    return batch | {name: column.to(batch["targets"].device) for name, column in columns.items()} | {"lengths": lengths}
 
 
 def values_of_step(parts: list[tuple[dict, float]], name: str, gather) -> torch.Tensor:
@@ -339,8 +366,8 @@ def values_of_step(parts: list[tuple[dict, float]], name: str, gather) -> torch.
 def add_token_rewards(parts: list[tuple[dict, float]], policy_of, ref_of, autocast, kl: float) -> None:
     """What policy and reference think of the sampled tokens, as columns of each batch.
 
-    Adds old_logps, old_values, token_rewards [tokens] and logratios [batch]. The passes are those
-    of training, in the same micro-batches: the first ratio is exactly 1.
+    Adds old_logps, old_values, token_rewards [tokens] and logratios [completions]. The passes are
+    those of training, in the same micro-batches: the first ratio is exactly 1.
 
     Args:
         parts: (batch, weight) of each micro-batch. policy_of, ref_of: batch -> log-probabilities
@@ -350,11 +377,11 @@ def add_token_rewards(parts: list[tuple[dict, float]], policy_of, ref_of, autoca
         with autocast():
             old_logps, old_values = policy_of(batch)  # [tokens] each
             ref_logps, _ = ref_of(batch)  # [tokens]
-        rewards, lengths = batch["rewards"], batch["completion_tokens"]  # [batch] each
+        rewards, lengths = batch["rewards"], batch["completion_tokens"]  # [completions] each
         batch |= {"old_logps": old_logps, "old_values": old_values}
         batch["token_rewards"] = token_rewards(rewards, old_logps, ref_logps, lengths, kl)  # [tokens]
         logratios = (old_logps - ref_logps).float()  # [tokens]
-        batch["logratios"] = torch.zeros_like(rewards).index_add(0, batch["sequence_ids"], logratios)  # [batch]
+        batch["logratios"] = pad_rows(logratios, batch["lengths"]).sum(1)  # [completions]
 
 
 def add_advantages(parts: list[tuple[dict, float]], gather, gamma: float, gae_lambda: float) -> None:
@@ -368,10 +395,10 @@ def add_advantages(parts: list[tuple[dict, float]], gather, gamma: float, gae_la
     scale = 1.0 / std(values_of_step(parts, "token_rewards", gather))
     for batch, _ in parts:
         lengths = batch["lengths"]
-        mask = pad_rows(torch.ones_like(batch["token_rewards"]), lengths)  # [batch, longest]
-        rewards = pad_rows(scale * batch["token_rewards"], lengths)  # [batch, longest]
-        values = pad_rows(batch["old_values"], lengths)  # [batch, longest]
-        advantages, returns = gae(rewards, values, mask, gamma, gae_lambda)  # [batch, longest] each
+        mask = pad_rows(torch.ones_like(batch["token_rewards"]), lengths)  # [completions, longest]
+        rewards = pad_rows(scale * batch["token_rewards"], lengths)  # [completions, longest]
+        values = pad_rows(batch["old_values"], lengths)  # [completions, longest]
+        advantages, returns = gae(rewards, values, mask, gamma, gae_lambda)  # [completions, longest] each
         batch["advantages"], batch["returns"] = unpad_rows(advantages, lengths), unpad_rows(returns, lengths)
     all_advantages = values_of_step(parts, "advantages", gather)  # [tokens of the step]
     mean, deviation = all_advantages.mean().item(), std(all_advantages)
@@ -411,9 +438,9 @@ def rollout_metrics(sampled: list[Completion], logratios: list[float], similarit
 
 
 def longest_row(splits: dict, eos_id: int) -> dict:
-    """The longest prompt with a completion of two tokens, to choose the layout of batches by."""
+    """The longest prompt with two completions of two tokens, to choose the layout of batches by."""
     prompt = max((row["prompt"] for rows in splits.values() for row in rows), key=len)
-    return {"prompt": prompt, "completions": [[eos_id, eos_id]]}
+    return {"prompt": prompt, "completions": [[eos_id, eos_id]] * 2}
 
 
 def load_rewards(reward: str, test_reward: str, load_reward, shared: tuple) -> dict:
@@ -514,11 +541,13 @@ class Args:
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm; inf: never."""
     max_length: int | None = None
-    """Tokens of prompt and completion; None: the smaller of 1024 and the context."""
+    """Tokens of prompt and completion, and of a line; None: the smaller of 1024 and the context."""
     chat: bool = False
     """Put rows of plain text through the model's chat template."""
     chat_template: str | None = None
     """A Jinja file with a chat template in place of the model's own."""
+    share_prompt: bool = True
+    """Compute a prompt once for as many of its completions as fit in a line; otherwise for each."""
     lora_rank: int = 0
     """Train a LoRA adapter of this rank, not all weights; 0: none. Needs peft; see docs/lora.md."""
     merge: bool = False
@@ -576,7 +605,8 @@ def main(args: Args) -> None:
     splits["train"], plan = batches.planned_rows(splits["train"], plan)
     pad_id = tokenizer.pad_token_id
     plain = partial(completion_logps, model)
-    layout = oracle.choose_layout(plain, model, longest, pad_id, run.device, share_prompt=False)
+    shares = args.share_prompt and min(args.completions, args.micro_batch_size) > 1
+    layout = oracle.choose_layout(plain, model, longest, pad_id, run.device, shares)
     if layout == "model_head":
         raise SystemExit(f"--model {args.model}: its output layer scales or caps logits, which ppo.py does not do.")
     run.prepare(model.train())
@@ -588,6 +618,7 @@ def main(args: Args) -> None:
     ref_of = models.bind_forward(ref_model, logps_and_values)
     run.pin_sources(ref_folder, data_sha256)
     batch_of = partial(batches.collate, pad_id=pad_id, layout=layout, device=run.device, dtype=run.dtype)
+    most = min(args.completions, args.micro_batch_size) if layout == "shared" else 1  # completions of a line
     names = "; test reward: ".join(filter(None, [args.reward, args.test_reward]))
     print0(f"Reward: {names}. METEOR: {meteor_form() or 'needs nltk'}.")
 
@@ -613,15 +644,17 @@ def main(args: Args) -> None:
         groups = gather(rollout(shard_items(rows_of_step), args.completions, *how))[: len(rows_of_step)]
         kept = [c for group in groups for c in group if c.completion_ids]  # at least one token
         with timed(seconds, "training"):
-            examples = [{"prompt": c.prompt_ids, "completions": [c.completion_ids], "rewards": c.reward} for c in kept]
-            parts = [(with_lengths(batch_of(rows), rows), weight) for rows, weight in run.micro_batches(examples)]
+            lines = lines_of(groups, most, max_length)
+            longest_line = max((len(line["completions"]) for line in lines), default=1)  # in completions
+            cut = run.micro_batches(lines, args.micro_batch_size // longest_line)
+            parts = [(with_rewards(batch_of(rows), rows), weight) for rows, weight in cut]
             add_token_rewards(parts, policy_of, ref_of, run.autocast, args.kl)
             add_advantages(parts, gather, args.gamma, args.gae_lambda)
             for _ in range(args.ppo_epochs):
                 grad_norm = update(parts, compute, model, optimizer, kept, args.max_grad_norm, run)
             logratios = values_of_step(parts, "logratios", gather).tolist()  # [completions of the step]
             run.accumulate(rollout_metrics(kept, logratios, similarity, step, run.device), 1.0)
-            run.end_step(len(examples), batches.count_tokens(examples), grad_norm)
+            run.end_step(len(kept), batches.count_tokens(lines), grad_norm)
         if run.is_time(args.eval_every):
             held_out = samples_of(ref_model, splits["held_out"])
             run.log("held_out", {name: value for name, value in held_out.items() if name != "samples"})

@@ -324,9 +324,9 @@ def choice_metrics(groups: list[list[Completion]], kept: list[Completion], simil
 
 
 def longest_row(splits: dict, eos_id: int) -> dict:
-    """The longest prompt with a completion of two tokens, to choose the layout of batches by."""
+    """The longest prompt with two completions of two tokens, to choose the layout of batches by."""
     prompt = max((row["prompt"] for rows in splits.values() for row in rows), key=len)
-    return {"prompt": prompt, "completions": [[eos_id, eos_id]]}
+    return {"prompt": prompt, "completions": [[eos_id, eos_id]] * 2}
 
 
 def load_rewards(reward: str, test_reward: str, load_reward, shared: tuple) -> dict:

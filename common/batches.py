@@ -111,24 +111,25 @@ def micro_batches(rows: list, size: int, rank: int = 0, world_size: int = 1) -> 
 
 def lines_of(rows: list[dict], layout: str) -> list[tuple[list[int], list[tuple[int, list[int]]]]]:
     """The lines of a batch as (prompt, [(number of the sequence, its completion), ...])."""
-    answers, n = len(rows[0]["completions"]), len(rows)
-    if layout == "shared":
-        return [
-            (row["prompt"], [(j * n + i, ids) for j, ids in enumerate(row["completions"])])
-            for i, row in enumerate(rows)
-        ]
-    return [(rows[s % n]["prompt"], [(s, rows[s % n]["completions"][s // n])]) for s in range(answers * n)]
+    most = max(len(row["completions"]) for row in rows)
+    order = [(i, j) for j in range(most) for i, row in enumerate(rows) if j < len(row["completions"])]
+    if layout != "shared":
+        return [(rows[i]["prompt"], [(s, rows[i]["completions"][j])]) for s, (i, j) in enumerate(order)]
+    parts: list[list] = [[] for _ in rows]
+    for s, (i, j) in enumerate(order):
+        parts[i].append((s, rows[i]["completions"][j]))
+    return list(zip([row["prompt"] for row in rows], parts))
 
 
 def collate(rows: list[dict], pad_id: int, layout: str, device, dtype=torch.float32) -> dict:
     """A batch of rows with one or more completions each.
 
     Sequences are numbered answer by answer: of n rows with two answers, sequence i is the chosen
-    answer of row i and n + i its rejected one. layout "shared": one line `[prompt | first |
-    second]` a row; positions restart after the prompt for each answer, and the float mask lets a
-    token see the prompt and its own answer only. layout "rows": one line `[prompt | answer]` a
-    sequence. layout "model_head": the same, and `logits_to_keep` tells the model's own output layer
-    how many last positions are asked for.
+    answer of row i and n + i its rejected one; rows may differ in how many they have. layout
+    "shared": one line `[prompt | first | second]` a row; positions restart after the prompt for
+    each answer, and the float mask lets a token see the prompt and its own answer only. layout
+    "rows": one line `[prompt | answer]` a sequence. layout "model_head": the same, and
+    `logits_to_keep` tells the model's own output layer how many last positions are asked for.
 
     Returns a dict of tensors on `device`:
         input_ids, position_ids   [lines, length] int64
@@ -143,13 +144,13 @@ def collate(rows: list[dict], pad_id: int, layout: str, device, dtype=torch.floa
     and each further column of the rows under its name: numbers as [rows] float32, tensors stacked.
     """
     lines = lines_of(rows, layout)
-    n, sequences = len(rows), len(rows) * len(rows[0]["completions"])
+    sequences = sum(len(row["completions"]) for row in rows)
     length = max(len(prompt) + sum(len(ids) for _, ids in parts) for prompt, parts in lines)
     input_ids, position_ids, segments, logit_index, targets, sequence_ids = [], [], [], [], [], []
     completion_tokens, last = [0] * sequences, [0] * sequences
     for line, (prompt, parts) in enumerate(lines):
         ids, positions, segment, start = list(prompt), list(range(len(prompt))), [0] * len(prompt), line * length
-        for s, completion in parts:
+        for number, (s, completion) in enumerate(parts, start=1):
             k, begin = len(completion), start + len(ids)
             # The first token is predicted by the prompt's last.
             logit_index += [start + len(prompt) - 1, *range(begin, begin + k - 1)]
@@ -158,7 +159,7 @@ def collate(rows: list[dict], pad_id: int, layout: str, device, dtype=torch.floa
             completion_tokens[s], last[s] = k, begin + k - 1
             ids += completion
             positions += range(len(prompt), len(prompt) + k)
-            segment += [1 + s // n] * k
+            segment += [number] * k
         padding = length - len(ids)
         input_ids.append(ids + [pad_id] * padding)
         position_ids.append(positions + [0] * padding)

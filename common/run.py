@@ -304,9 +304,9 @@ class Run:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def micro_batches(self, rows: list) -> list[tuple[list, float]]:
-        """This process's share of a step as (rows, weight); losses are multiplied by the weight."""
-        return micro_batches(rows, self._args.micro_batch_size, rank(), world_size())
+    def micro_batches(self, rows: list, size: int = 0) -> list[tuple[list, float]]:
+        """This process's share of a step as (rows, weight): `size` rows, or --micro-batch-size."""
+        return micro_batches(rows, size or self._args.micro_batch_size, rank(), world_size())
 
     def accumulate(self, metrics: dict, weight: float) -> None:
         """Adds a micro-batch's summed metrics to the step at hand.

@@ -96,7 +96,7 @@ LONGER = {
     "pointwise_dpo": 455,
     "ulma": 455,
     "typo": 385,
-    "ppo": 645,
+    "ppo": 675,
     "superhf": 540,
 }
 LONGER_MAIN = {"ppo": 90, "dph": 95, "pointwise_dpo": 95, "ulma": 95}

@@ -185,6 +185,27 @@ def test_a_row_alone_is_what_it_is_in_a_padded_batch(layout, folder):
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
 
 
+@every_layout
+def test_rows_may_differ_in_how_many_answers_they_have(layout, folder):
+    """Sequences are numbered answer by answer, over the rows that have one."""
+    import dpo
+
+    model = model_loading.load_model(folder, "cpu").eval()
+    rows = [
+        {"prompt": [1, 7, 8], "completions": [[10, 2]]},
+        {"prompt": [1, 9], "completions": [[11, 12, 13, 2], [14, 2], [15, 3]]},
+        {"prompt": [1, 6, 7, 8], "completions": [[16], [17, 18, 2]]},
+    ]
+    sequences = [(rows[i]["prompt"], rows[i]["completions"][j]) for i, j in [(0, 0), (1, 0), (2, 0), (1, 1), (2, 1)]]
+    sequences.append((rows[1]["prompt"], rows[1]["completions"][2]))
+    batch = batches.collate(rows, 0, layout, "cpu")
+    assert batch["completion_tokens"].tolist() == [len(completion) for _, completion in sequences]
+    assert batch["input_ids"].flatten()[batch["last"]].tolist() == [completion[-1] for _, completion in sequences]
+    with torch.no_grad():
+        logps = dpo.completion_logps(model, batch)
+    torch.testing.assert_close(logps, plain_logps(model, sequences, 0), atol=1e-4, rtol=0)
+
+
 def test_an_answer_does_not_see_the_other_one(folder):
     """Another first answer, of the same length, leaves the second one's log-probability as it was,
     bit for bit.

@@ -255,6 +255,57 @@ def test_every_token_weighs_the_same_however_a_step_is_cut(tmp_path, llama, file
         torch.testing.assert_close(cut[name], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item() + 1e-7)
 
 
+def completion(prompt: list[int], length: int, reward: float) -> ppo.Completion:
+    return ppo.Completion(prompt, "", [7] * length, "", reward)
+
+
+def test_completions_of_a_prompt_share_lines_as_far_as_they_fit():
+    groups = [
+        [completion([1, 2], n, float(n)) for n in (3, 4, 0, 1, 5)],  # 2 + 3 + 4 fill nine tokens
+        [completion([1] * 9, 3, 6.0), completion([1] * 9, 2, 7.0)],  # longer than a line, each
+        [completion([3], 0, 8.0)],  # nothing to learn from
+        [completion([3], 1, 9.0) for _ in range(4)],
+    ]
+    rows = ppo.lines_of(groups, most=3, max_length=9)
+    lengths = [[len(ids) for ids in row["completions"]] for row in rows]
+    assert lengths == [[3, 4], [1, 5], [3], [2], [1, 1, 1], [1]]
+    assert [row["rewards"] for row in rows] == [[3.0, 4.0], [1.0, 5.0], [6.0], [7.0], [9.0] * 3, [9.0]]
+    assert [len(row["prompt"]) for row in rows] == [2, 2, 9, 9, 1, 1]
+    alone = [ppo.lines_of(groups[:1], 1, 9), ppo.lines_of(groups[:1], 5, 1)]
+    assert [[len(row["completions"]) for row in rows] for rows in alone] == [[1] * 4] * 2
+
+
+def test_a_shared_prompt_changes_no_gradient(tmp_path, llama, file11, monkeypatch):
+    """Lines with one to three completions, beside a line for each."""
+
+    def sample(model, prompts, tokenizer, max_new_tokens, n, **shape):
+        drawn = canned_sample(model, prompts, tokenizer, max_new_tokens, n)
+        return [[] if i in (1, 6, 7, 9, 10, 11) else ids for i, ids in enumerate(drawn)]
+
+    shapes, collate = [], batches.collate
+
+    def collating(rows, *args, **given):
+        batch = collate(rows, *args, **given)
+        shapes.append((len(batch["input_ids"]), len(batch["completion_tokens"])))
+        return batch
+
+    given = {"model": llama, "data": file11, **QUICK, "completions": 3, "max_steps": 1, "micro_batch_size": 8}
+    given |= {"ppo_epochs": 1, "kl": 0.5}
+    found, lines = [], []
+    for share_prompt in (True, False):
+        with monkeypatch.context() as patch:
+            patch.setattr(generate, "sample", sample)
+            patch.setattr(batches, "collate", collating)
+            _, gradients = recorded("ppo", tmp_path / f"{share_prompt}", share_prompt=share_prompt, **given)
+        found.append(gradients)
+        lines.append(shapes[1:])  # the first one chose the layout
+        shapes.clear()
+    assert lines == [[(2, 5), (2, 4), (1, 3)], [(8, 8), (4, 4)]]  # six prompts, of which one has no completion
+    ((shared,), (alone,)) = found
+    for name, gradient in alone.items():
+        torch.testing.assert_close(shared[name], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item() + 1e-7)
+
+
 def test_the_value_head_is_saved_and_goes_on(tmp_path, llama, file11, monkeypatch):
     monkeypatch.setattr(generate, "sample", canned_sample)
     first = train("ppo", tmp_path / "first", model=llama, data=file11, **QUICK)

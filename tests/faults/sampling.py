@@ -173,6 +173,27 @@ SAMPLED = [
         SECOND_ROAD,
     ),
     Mutant(
+        "ppo: rewards in the order of collate, not of targets",
+        ("ppo.py",),
+        'rewards = [reward for row in rows for reward in row["rewards"]]',
+        'rewards = [row["rewards"][j] for j in range(9) for row in rows if j < len(row["rewards"])]',
+        SECOND_ROAD,
+    ),
+    Mutant(
+        "ppo: a line longer than the limit",
+        ("ppo.py",),
+        "room = max_length - len(completion.prompt_ids)",
+        "room = max_length",
+        PPO + "test_completions_of_a_prompt_share_lines_as_far_as_they_fit",
+    ),
+    Mutant(
+        "collate: rows counted as if all had as many answers as the first",
+        ("common/batches.py",),
+        "segment += [number] * k",
+        "segment += [1 + s // len(rows)] * k",
+        "test_logps.py::test_rows_may_differ_in_how_many_answers_they_have",
+    ),
+    Mutant(
         "ppo: rewards not whitened",
         ("ppo.py",),
         'scale = 1.0 / std(values_of_step(parts, "token_rewards", gather))',
