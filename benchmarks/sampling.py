@@ -9,8 +9,8 @@ one process, in processor seconds.
 Before: generate() with every prompt repeated n times in float32, as the scripts called it on a CPU
 until `--dtype auto` chose bfloat16 there. After: common.generate.sample, in bfloat16. Between them
 generate() in bfloat16: what the dtype alone brings. With --continuous also generate_batch(),
-transformers' continuous batching. --scripts runs a step of each as it was before, sampling and
-dtype, then as it is, and says what generation, scoring and training took. Prompts are Anthropic's
+transformers' continuous batching. --scripts runs a step of each as it was before, sampling, dtype
+and in ppo.py a line for each completion, then as it is, and says what generation, scoring and training took. Prompts are Anthropic's
 hh from $PREFERENCE_DATA; a random model gets random ids of the same lengths.
 """
 
@@ -192,11 +192,11 @@ def run_script(module, args: Args, system: str, folder: Path) -> dict:
     texts = sorted(set(prompt_texts(64)), key=lambda text: (not 100 < len(text) < 800, text))[:80]
     rows.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     sizes = {"batch_size": args.prompts, "completions": args.n}
-    sizes |= {"ppo_epochs": 1} if module is ppo else {}
+    sizes |= {"ppo_epochs": 1, "share_prompt": system == "after"} if module is ppo else {}
     dtype = {"before": args.dtype_before, "after": args.dtype}[system]
     given = module.Args(
         model=args.model, data=str(rows), reward=args.reward, name=f"{module.__name__}-{system}", max_steps=1,
-        kl_samples=0, micro_batch_size=8, max_new_tokens=args.max_new_tokens, dtype=dtype, max_length=384,
+        kl_samples=0, micro_batch_size=8, max_new_tokens=args.max_new_tokens, dtype=dtype, max_length=1024,
         output_dir=str(folder), holdout=0.0, log_every=1, **sizes,
     )  # fmt: skip
     sample = {"before": sample_before, "after": generate.sample}[system]
