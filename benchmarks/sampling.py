@@ -10,8 +10,9 @@ Before: generate() with every prompt repeated n times in float32, as the scripts
 until `--dtype auto` chose bfloat16 there. After: common.generate.sample, in bfloat16. Between them
 generate() in bfloat16: what the dtype alone brings. With --continuous also generate_batch(),
 transformers' continuous batching. --scripts runs a step of each as it was before, sampling, dtype
-and in ppo.py a line for each completion, then as it is, and says what generation, scoring and training took. Prompts are Anthropic's
-hh from $PREFERENCE_DATA; a random model gets random ids of the same lengths.
+and in ppo.py a line for each completion, then as it is, and says what generation, scoring and
+training took. Prompts are Anthropic's hh from $PREFERENCE_DATA; a random model gets random ids of
+the same lengths.
 """
 
 import json

@@ -7,6 +7,7 @@ command goes on there: each group of rows is sampled with random numbers of its 
 
 import json
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +17,15 @@ from common import InputError
 from common.data import sha256_of
 from common.files import append_json_line, plain, read_rows, write_text
 from common.generate import decode_completion, sample
-from common.models import length_limit, load_model, load_tokenizer, load_weights, resolve_model, sha256_of_model
+from common.models import (
+    choose_dtype,
+    length_limit,
+    load_model,
+    load_tokenizer,
+    load_weights,
+    resolve_model,
+    sha256_of_model,
+)
 from common.oracle import plain_rewards
 from judging.heads import refuse_classifier
 from rewards.prompts import prompt_of_row
@@ -42,7 +51,8 @@ def answer_file(
 
     A line holds row, prompt, answers (`best_of` of them), rewards where the folder has a reward
     head, and picked, the number of the answer with the largest reward; of a row that cannot be used
-    row and reason.
+    row and reason. Sampling multiplies in bfloat16 where training would with `--dtype auto`, the
+    head's rewards are computed in float32.
 
     Args:
         prompts: a file of rows with `prompt`, or of pairs.
@@ -73,13 +83,16 @@ def answer_file(
         templates.check_chat(tokenizer, is_toy=False)
     elif hint := templates.hint(tokenizer, (text[0] for text, _ in texts if text)):
         print(hint)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(folder, device, tokenizer).eval()
+    settings["dtype"] = choose_dtype("auto", model, device)
     begun = output.with_name(output.name + ".begun")
     lines = begun_lines(begun, settings)
     if lines:
         print(f"Going on after row {len(lines) - 1} of {begun}.")
-    model = load_model(folder, "cuda" if torch.cuda.is_available() else "cpu", tokenizer).eval()
     room = length_limit(max_length, model) - max_new_tokens
-    shape = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=settings["dtype"] == "bfloat16")
+    shape = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "autocast": autocast}
     for start in range(len(lines), len(texts), GROUP):
         group = texts[start : start + GROUP]
         for line in answers_to(model, tokenizer, head, group, start, room, chat, best_of, seed, shape):

@@ -111,6 +111,21 @@ def test_an_interrupted_command_goes_on_where_it_stopped(toy_base, prompts, tmp_
     assert not begun.exists()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sampling_multiplies_in_the_dtype_that_training_would(dtype, toy_base, prompts, tmp_path, monkeypatch):
+    sample, seen = answers.sample, []
+
+    def sample_in(*words, autocast, **more):
+        with autocast():
+            seen.append(torch.ones(2, 2) @ torch.ones(2, 2))
+        return sample(*words, autocast=autocast, **more)
+
+    monkeypatch.setattr(answers, "sample", sample_in)
+    monkeypatch.setattr(answers, "choose_dtype", lambda *rest: dtype)
+    ask(toy_base, prompts, tmp_path / "answers.jsonl")
+    assert [products.dtype for products in seen] == [getattr(torch, dtype)]
+
+
 def test_refusals(toy_base, prompts, tmp_path):
     with pytest.raises(InputError, match="has no reward head"):
         ask(toy_base, prompts, tmp_path / "answers.jsonl", best_of=2)
