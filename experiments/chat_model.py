@@ -63,6 +63,7 @@ CHOICE = {  # what decides between learning rates, of a run's held-out report
     **dict.fromkeys(("pointwise_dpo", "ulma"), "reward_auc"),
     **{"sft": "perplexity", "superhf": "reward", "ppo": "reward"},
 }
+FLAGS = {"dph": {"n": 2}}  # of a method alone: the head's picks are not kept, and cost more than the training
 LEAST = {"perplexity"}  # of these the smallest value counts
 KEPT = ("preference_accuracy", "reward_accuracy", "logps_auc", "reward_auc", "perplexity", "reward", "test_reward")
 KEPT += ("kl", "length")
@@ -185,7 +186,7 @@ def train(args: Args, name: str, file: Path, method: str, lr: float, seed: int, 
     """(folder, summary) of one run."""
     folder = Path(args.runs) / f"{name}-{method}-{lr:g}-seed{seed}"
     flags = {"model": args.model, "data": file, "holdout": 0.2, "lr": lr, "seed": seed, "max_length": args.max_length}
-    flags |= {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens, **more}
+    flags |= {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens, **more, **FLAGS.get(method, {})}
     return folder, study.train(METHODS[args.part][method], folder, flags, args.extra)
 
 
