@@ -99,7 +99,7 @@ class Args:
     model: str = "toy"
     """toy, a hub id, or a folder: a causal LM, an encoder, or a classifier with one label."""
     data: str = "toy"
-    """toy (toy:hard; toy:0.2: a fifth of labels flipped), hub id, id:subset, or a file of rows."""
+    """toy (toy:hard; toy:0.2: a fifth of labels flipped), hub id, id:subset, file, choices:FILE."""
     eval_data: str | None = None
     """A file of held-out pairs; None: the data's test split, or a share of the prompts."""
     holdout: float = 0.1

@@ -11,6 +11,7 @@ MODES: tuple[dict, ...] = ({}, {"enable_thinking": False})
 # Stand for an answer where only the prompt is asked for; two, of which one may merge with the
 # prompt.
 PROBES = [[{"role": "assistant", "content": text}] for text in (".", "A")]
+PROBE = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Nowhere"}]
 REWRITTEN = "the chat template does not keep the prompt's tokens when an answer follows"
 
 
@@ -42,9 +43,35 @@ def chat_ids(tokenizer, prompt: list[dict], answers: list[list[dict]]) -> tuple[
         kept = min(common_prefix(text, other) for other in others)  # in characters
         if kept < length_of_prompt(tokenizer, prompt, text):
             return None, REWRITTEN
+    whole = [without_second_eos(tokenizer, ids, boundary) for ids in whole]
     # Templates put a newline after the end of turn, so the EOS need not be the last token.
     ended = [tokenizer.eos_token_id in ids[boundary:] for ids in whole]
     return (prompt_ids, whole if answers else [], boundary, ended), None
+
+
+def without_second_eos(tokenizer, ids: list[int], boundary: int) -> list[int]:
+    """The ids without an EOS that the template puts behind the answer's own."""
+    eos, answer = tokenizer.eos_token_id, ids[boundary:-1]
+    if ids[-1] != eos or eos not in answer:
+        return ids
+    between = answer[len(answer) - answer[::-1].index(eos) :]
+    return ids if tokenizer.decode(between).strip() else ids[:-1]
+
+
+def end_of_turn(tokenizer) -> str | None:
+    """The special token that the chat template puts behind an answer, where that is not EOS.
+
+    Some instruct models (Gemma, Phi 3) end their answers in it; their EOS ends documents."""
+    if tokenizer.chat_template is None:
+        return None
+    try:
+        text = render(tokenizer, PROBE)
+    except Exception:  # it wants other messages than these
+        return None
+    _, found, behind = text.rpartition(PROBE[-1]["content"])
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    ends = [token for token in special if found and behind.lstrip().startswith(token)]
+    return max(ends, key=len) if ends and tokenizer.eos_token not in ends else None
 
 
 def render(tokenizer, messages: list[dict], **options) -> str:

@@ -124,19 +124,23 @@ def task_of(source: str, where: str, row: dict) -> str:
     """The name of the task that a row is of, told by its fields and, where these fit several tasks,
     by the row's field `task` or the name of the file; InputError where that leaves none or several.
     """
-    fields = {name: set(of_task) for name, (of_task, _) in TASKS.items() if set(of_task) <= row.keys()}
-    fitting = [name for name in fields if not any(fields[name] < other for other in fields.values())]
+    fields = {name: set(of_task) for name, (of_task, _) in TASKS.items()}
+    fitting = [name for name in fields if fields[name] <= row.keys()]
+    fitting = [name for name in fitting if not any(fields[name] < fields[other] for other in fitting)]
     if row.get("task") in fitting:
         return row["task"]
-    if len(fitting) > 1:
+    could_be = ", ".join(fitting) if len(fitting) > 1 else ""
+    if could_be:
         words = re.split(r"[^a-z0-9]+", source.lower().replace("sst-2", "sst2"))
         fitting = [name for name in fitting if name in words]
     if len(fitting) == 1:
         return fitting[0]
-    forms = "; ".join(f"{name} ({', '.join(fields)})" for name, (fields, _) in TASKS.items())
+    if could_be:
+        raise InputError(f"{where}: could be of {could_be}; a field `task`, or the file's name, must tell which.")
+    near = max(TASKS, key=lambda name: len(fields[name] & row.keys()) / len(fields[name]))
     raise InputError(
-        f"{where}: not of one of the multiple-choice tasks known here, which are told by their fields and, where these "
-        f"are the same, by the name of the file or a field task: {forms} (found {names_of(row)})."
+        f"{where}: of no multiple-choice task known here ({', '.join(TASKS)}): expected for instance "
+        f"{', '.join(TASKS[near][0])} as of {near} (found {names_of(row)})."
     )
 
 

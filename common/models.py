@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 
 from adapters import lora
-from chat.templates import use_template
+from chat.templates import end_of_turn, use_template
 from common import InputError, first_line
 from common.files import check_hub_id
 from common.generate import is_tiny
@@ -55,6 +55,8 @@ def load_tokenizer(folder: str, chat_template: str | None = None):
         raise InputError(f"--model {folder}: the tokenizer has no EOS token, so an answer could not end.")
     if chat_template:
         use_template(tokenizer, chat_template)
+    if token := end_of_turn(tokenizer):
+        tokenizer.eos_token = token  # answers end in it, in the rows and where the model samples
     tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(choose_pad_id(tokenizer))

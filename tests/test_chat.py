@@ -1,12 +1,13 @@
 """Chats: the forms in which rows hold them, templates of current models, strings as chats."""
 
+import copy
 import json
 
 import pytest
 import torch
 
 from chat import messages, templates
-from common import InputError, data, evaluate, fields, oracle
+from common import InputError, data, evaluate, fields, generate, oracle
 from common import models as model_loading
 from judging import command, scores
 from labelled import rows as labelled_rows
@@ -57,6 +58,40 @@ def test_the_answer_and_the_prompt_are_what_the_template_makes_of_them(name):
         end = template.eos if template.eos not in whole[len(texts[0]) :] else ""
         assert texts[0] + texts[1] == whole + end  # nothing lost, nothing twice
         assert row["completions"][0].count(tokenizer.eos_token_id) == 1
+
+
+@EVERY
+def test_a_model_that_ends_its_turns_stops_there(name, tmp_path):
+    """Loaded as a script does, the token that ends an answer in the template is EOS."""
+    template = TEMPLATES[name]
+    template.tokenizer().save_pretrained(tmp_path)
+    for folder in (tmp_path, tmp_path / "again"):  # a saved one is as it was
+        tokenizer = model_loading.load_tokenizer(str(folder if folder.exists() else tmp_path))
+        tokenizer.save_pretrained(tmp_path / "again")
+        eos = {"gemma2": "<end_of_turn>", "gemma3": "<end_of_turn>", "phi3": "<|end|>"}.get(name, template.eos)
+        assert tokenizer.eos_token == eos
+        assert tokenizer.pad_token != eos
+        for prompt in prompts_for(template):
+            row, _, _ = data.encode_row(tokenizer, prompt, [[assistant("Hello.")], [assistant("No")]], 999)
+            for ids, answer in zip(row["completions"], ("Hello.", "No")):
+                assert ids.count(tokenizer.eos_token_id) == 1
+                text = template.answer.replace("Hello.", answer)
+                assert tokenizer.decode(ids) == (text if eos == template.eos else text.removesuffix(template.eos))
+                sampled = ids[: ids.index(tokenizer.eos_token_id) + 1]  # sampling ends there
+                assert generate.decode_completion(tokenizer, sampled).endswith(answer)
+
+
+def test_a_template_of_plain_text_ends_no_turn(toy_tokenizer):
+    toy_tokenizer = copy.deepcopy(toy_tokenizer)
+    assert templates.end_of_turn(toy_tokenizer) is None
+    for template in (
+        "{% for m in messages %}{{ m.content }} done {% endfor %}",  # an ordinary word
+        "{% for m in messages %}{{ m.content }}{% endfor %}",  # nothing
+        "{{ raise_exception('nothing will do') }}",
+        "{% for m in messages %}{{ '<pad>' + m.content }}{% endfor %}",  # before it
+    ):
+        toy_tokenizer.chat_template = template
+        assert templates.end_of_turn(toy_tokenizer) is None
 
 
 @EVERY

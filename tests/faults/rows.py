@@ -22,6 +22,20 @@ TABLE = [
         CHAT_TEST + "test_an_exact_prompt_is_taken_as_the_template_gives_it",
     ),
     Mutant(
+        "the end of a turn is not EOS",
+        ("common/models.py",),
+        "if token := end_of_turn(tokenizer):",
+        "if token := None:",
+        CHAT_TEST + "test_a_model_that_ends_its_turns_stops_there",
+    ),
+    Mutant(
+        "what stands before an answer ends it",
+        (TEMPLATES,),
+        "if found and behind.lstrip().startswith(token)]",
+        "if found and token in text]",
+        CHAT_TEST + "test_a_template_of_plain_text_ends_no_turn",
+    ),
+    Mutant(
         "a prompt alone keeps its opened thought",
         (TEMPLATES,),
         "for answer in answers or PROBES]",
