@@ -171,12 +171,13 @@ def number(value: float, sign: bool = True) -> str:
 
 
 def in_words(effect: Effect) -> str:
-    """An effect in a line: its mean, interval, and verdict."""
+    """An effect in a line: its mean and interval, and of one that decides the goal and verdict."""
     if effect.mean is None:
         return f"{effect.what}: not run"
+    judged = f"; {effect.goal.words()}: {effect.verdict}" if effect.decides else ""
     if effect.runs == 0:
-        return f"{effect.what}: {number(effect.mean, sign=False)}; {effect.goal.words()}: {effect.verdict}"
+        return f"{effect.what}: {number(effect.mean, sign=False)}{judged}"
     interval = "no interval"
     if effect.half is not None:
         interval = f"[{number(effect.mean - effect.half)}, {number(effect.mean + effect.half)}]"
-    return f"{effect.what}: {number(effect.mean)} {interval}, {effect.over}; {effect.goal.words()}: {effect.verdict}"
+    return f"{effect.what}: {number(effect.mean)} {interval}, {effect.over}{judged}"

@@ -35,8 +35,8 @@ class Args:
 
 
 def deviations(rewards: torch.Tensor, label_smoothing: float, beta: float) -> tuple[float, float]:
-    """Largest absolute deviation of losses and of gradients; rewards of chosen and rejected answers,
-    [2, pairs]."""
+    """Largest absolute deviation of losses and of gradients; rewards [2, pairs] of chosen and
+    rejected answers."""
     results = []
     for method in ("DPH", "cDPO"):
         chosen, rejected = (row.clone().requires_grad_() for row in rewards)
