@@ -7,6 +7,7 @@ there.
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -228,13 +229,16 @@ def typo_wins(results: Path) -> Finding:
     def rates(method: str, names: tuple[str, ...]) -> dict:
         return {f"{line['seed']} of {name}": line[key] for name in names for line in found[method, name] if key in line}
 
-    effects = [paired(what, rates("typo", HH), rates("dpo", HH), COMPETITIVE)]
+    def difference(words: str, ours: dict, others: dict) -> Effect:
+        effect = paired(words, ours, others, COMPETITIVE)
+        seeds = {key.split()[1] for key in effect.values}
+        return replace(effect, runs=len(seeds), over=f"{len(effect.values)} runs of {len(seeds)} seeds")
+
+    effects = [difference(what, rates("typo", HH), rates("dpo", HH))]
     half = dict.fromkeys(rates("typo", HH), 0.5)
-    effects.append(beside(paired("TYPO - the model it began with", rates("typo", HH), half)))
+    effects.append(beside(difference("TYPO - the model it began with", rates("typo", HH), half)))
     for name in ("polite_instructions", "pandalm_votes"):
-        effects.append(
-            beside(paired(f"{name}: TYPO - DPO", rates("typo", (name,)), rates("dpo", (name,)), COMPETITIVE))
-        )
+        effects.append(beside(difference(f"{name}: TYPO - DPO", rates("typo", (name,)), rates("dpo", (name,)))))
     used = [line for group in found.values() for line in group] if effects[0].mean is not None else []
     return Finding(effects, source_of("chat_model.jsonl", used) if used else "")
 

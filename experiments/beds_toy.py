@@ -246,11 +246,10 @@ def conditional_is_optimal(results: Path) -> Finding:
 def ten_times_fewer(results: Path) -> Finding:
     """Claim 18."""
     lines, of = pareto_effects(results)
-    mle = {seed: value / 10 for seed, value in of("MLE", "misalignment").items()}
-    effects = [
-        paired("misalignment, a tenth of MLE's - conditional's", mle, of("conditional", "misalignment")),
-        Effect("the same under a red team"),
-    ]
+    effects = []
+    for metric, words in (("misalignment", "misalignment"), ("red_team_mean", "under a red team")):
+        tenth = {seed: value / 10 for seed, value in of("MLE", metric).items()}
+        effects.append(paired(f"{words}, a tenth of MLE's - conditional's", tenth, of("conditional", metric)))
     return pareto_finding(lines, effects)
 
 
