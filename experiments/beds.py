@@ -26,7 +26,7 @@ def source_of(name: str, lines: list[dict]) -> str:
         f"torch {each['torch']}, transformers {each['transformers']}" if each else "versions not kept"
         for each in versions
     ]
-    old = "; base models of before `toy/worlds/`" if set(commits) & set(BEFORE_WORLDS) else ""
+    old = "; base models from before `toy/worlds/`" if set(commits) & set(BEFORE_WORLDS) else ""
     return f"`results/{name}`, commit {', '.join(commits)}, {'; '.join(words)}{old}"
 
 

@@ -199,9 +199,9 @@ CLAIMS = {
         beds_toy.pointwise_beats_pairs,
         {
             UNDECIDED: (
-                "The two ran at one beta each and end at different KL, and DPO saw pairs of its own instead of "
-                "pairs made of the labels. Both at three values of beta, compared at interpolated KL, would "
-                "decide it."
+                "The two ran at one beta each and end at different KL; their training answers are the same, the "
+                "labels are drawn anew for each. Both at three values of beta, DPO's pairs made of the labels, "
+                "compared at interpolated KL would decide it."
             )
         },
     ),
@@ -249,9 +249,9 @@ CLAIMS = {
         beds_toy.superhf_reaches_ppo,
         {
             UNDECIDED: (
-                "At the best of its priors, none, SuperHF is behind in every seed, by less than the interval. "
-                "With the paper's prior it is far behind: that prior caps the reward, however many steps are "
-                "taken."
+                "At the best of its priors, none, SuperHF is behind in every seed, by less than the interval. With "
+                "the paper's prior it is far behind: that prior caps the reward, however many steps are taken "
+                "[derived]."
             )
         },
     ),
@@ -336,9 +336,9 @@ CLAIMS = {
         beds_toy.capability_kept,
         {
             UNDECIDED: (
-                "Perplexity on good segments is higher in every seed, in part where sentences end and a control "
-                "token was expected; a larger d leaves room there and was not run with all seeds. Perplexity "
-                "apart from sentence ends would decide it."
+                "Perplexity on good segments is higher in every seed, in part where sentences end and a control token "
+                "was expected; a larger d leaves room there and has no result file. Perplexity apart from sentence "
+                "ends would decide it."
             )
         },
     ),

@@ -216,7 +216,7 @@ def test_without_result_files_nothing_was_run(tmp_path):
 
 
 def test_a_file_of_before_the_frozen_worlds_says_so():
-    assert "base models of before" in CLAIMS[13].finding(RESULTS).source
+    assert "base models from before" in CLAIMS[13].finding(RESULTS).source
     line = {"git_commit": "0" * 40, "versions": {"torch": "2.14", "transformers": "5.24"}}
     source = beds.source_of("x.jsonl", [line, line | {"git_commit": "1" * 40}])
     assert source == "`results/x.jsonl`, commit 0000000, 1111111, torch 2.14, transformers 5.24"
@@ -226,11 +226,12 @@ def test_a_file_of_before_the_frozen_worlds_says_so():
 
 
 def hacking_file(folder: Path, gain: float) -> None:
-    """Three seeds of SuperHF and PPO, at two coefficients each; SuperHF is ahead by `gain`."""
+    """Three seeds of SuperHF and PPO, best at coefficients of their own, SuperHF by `gain`."""
     lines = []
     for seed in range(3):
-        for method, best, n in (("SuperHF", 2.0 + gain + 0.01 * seed, 16), ("PPO", 2.0, 1)):
-            for coefficient, reward in ((0.0, best), (0.35, best - 1.0)):
+        for method, best, n, at in (("SuperHF", 2.0 + gain + 0.01 * seed, 16, 0.0), ("PPO", 2.0, 1, 0.35)):
+            for coefficient in (0.0, 0.35):
+                reward = best if coefficient == at else best - 1.0
                 line = {"method": method, "coefficient": coefficient, "n": n, "seed": seed, "answers": 20, "extra": ""}
                 lines.append(line | {"proxy_reward": reward + 0.1 * seed, "true_reward": 0.0, "meteor_similarity": 0.5})
     other = {"method": "PPO", "coefficient": 0.0, "n": 1, "seed": 0, "answers": 2, "extra": "", "proxy_reward": 9.0}
@@ -352,14 +353,20 @@ def test_typo_is_competitive_within_a_margin(tmp_path, typo, verdict):
 
 
 def toy_file(folder: Path, name: str, **rewards: list[float]) -> None:
-    """A file as experiments.collect writes it: the same values for three metrics of a script."""
+    """A file as experiments.collect writes it: the same values for three metrics of a script,
+    behind runs at another beta."""
     entries = []
     for script, values in rewards.items():
         mean, std = sum(values) / len(values), 0.1
         after = {metric: [mean, std, values] for metric in ("frontier_efficiency", "true_reward", "kl")}
         command = f"python {script}.py --lr 0.001 --dtype float32 --kl-samples 400"
         entry = {"command": command, "seeds": list(range(len(values))), "after": after}
-        entries.append(entry | {"git_commit": "c" * 40, "versions": {"torch": "2", "transformers": "5"}})
+        entry |= {"git_commit": "c" * 40, "versions": {"torch": "2", "transformers": "5"}}
+        another = {
+            "command": f"{command} --beta 9.0",
+            "after": {name: [7.0, std, [7.0] * len(values)] for name in after},
+        }
+        entries += [entry | another, entry]
     (folder / name).write_text(json.dumps(entries))
 
 
