@@ -103,6 +103,8 @@ class Args:
     """Peak learning rate; 0: 1e-2 on the toy, 3e-3 on pep8."""
     samples: int = 0
     """Samples of each model; 0: 500."""
+    red_team: int = 0
+    """Rounds in which prompts are sought for each model; 0: none."""
     half: bool = True
     """Also the finetuning comparison: half of the tokens MLE, then each objective for the rest."""
     jobs: int = 1
@@ -158,7 +160,7 @@ def flags_of(item: Item, args: Args, runs: Path) -> dict:
     if item.kind in ("teacher", "half"):
         flags["samples"] = 0
     else:
-        flags["teacher"] = teacher
+        flags |= {"teacher": teacher, "red_team": args.red_team}
     if item.kind in ("half", "finetuning"):
         flags["tokens"] = sizes["tokens"] / 2
     if item.kind == "finetuning":

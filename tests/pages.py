@@ -8,6 +8,8 @@ A block stands between `<!-- generated: KIND ARGUMENTS -->` and `<!-- /generated
                                       next that begins with "x", or to the end where "x" is left out
     reading NAME                      a block of experiments/reading.py
     chat_model table polite_...       what results/chat_model.jsonl says: experiments/chat_pages.py
+    claims table 1 4                  claims 1 to 4, from the result files: experiments/claims.py
+    claims verdicts                   the claims of each verdict
 """
 
 import ast
@@ -152,8 +154,15 @@ def block(root: Path, words: str) -> str:
             return chat_pages.block(*arguments)
         except KeyError as error:
             raise Unknown(f"results/chat_model.jsonl has no {error.args[0]}") from None
+    if kind == "claims":
+        from experiments import claims
+
+        try:
+            return claims.block(root / "results", *arguments)
+        except KeyError as error:
+            raise Unknown(f"experiments/claims.py has no {error.args[0]}") from None
     if kind not in {"diff", "code"}:
-        raise Unknown(f"{kind!r} is none of diff, code, reading, chat_model")
+        raise Unknown(f"{kind!r} is none of diff, code, reading, chat_model, claims")
     return {"diff": diff, "code": code}[kind](root, *arguments)
 
 
