@@ -2,6 +2,7 @@
 in this process.
 """
 
+import contextlib
 import hashlib
 import importlib
 import inspect
@@ -22,6 +23,7 @@ import torch
 
 from common import batches, data
 from common import models as model_loading
+from common.run import Run
 from report import curves
 from tests import models
 from tests.house import FAMILIES
@@ -133,6 +135,27 @@ def train(script: str, folder: Path, **changes) -> Path:
     ):  # drawing takes longer than the run
         module.main(args)
     return folder
+
+
+def train_until_killed(script: str, folder: Path, step: int = 3, **changes) -> Path:
+    """Begins a run here, with a line of metrics a step, and ends it without a word behind the line
+    of `step`.
+    """
+    log = Run.log
+
+    def log_and_die(self, split, numbers):
+        log(self, split, numbers)
+        if self.step == step and split == "train":
+            raise KilledRun
+
+    with mock.patch.object(Run, "log", log_and_die), contextlib.suppress(KilledRun):
+        train(script, folder, **changes)
+        raise AssertionError(f"the run ended before step {step}")
+    return folder
+
+
+class KilledRun(Exception):
+    """What ends a run where a signal would."""
 
 
 def resume(script: str, folder: Path, **changes) -> Path:

@@ -16,7 +16,6 @@ from torch.nn.functional import logsigmoid
 from common import InputError, batches, data, metrics, oracle
 from common import models as loading
 from common.files import read_rows
-from common.run import Run
 from labelled import rows as labelled_rows
 from tests import models
 from tests.house import FAMILIES
@@ -30,6 +29,7 @@ from tests.runs import (
     resume,
     start_process,
     train,
+    train_until_killed,
     weights,
     write_pairs,
 )
@@ -452,7 +452,7 @@ def test_sft_is_the_mean_over_the_tokens_of_a_step(tmp_path, file14, llama):
 
 
 @pytest.mark.parametrize("script", ALL)
-def test_a_killed_run_resumes_bit_for_bit(script, tmp_path, file14, llama, monkeypatch):
+def test_a_killed_run_resumes_bit_for_bit(script, tmp_path, file14, llama):
     given = {
         "model": llama,
         "data": file14,
@@ -465,17 +465,7 @@ def test_a_killed_run_resumes_bit_for_bit(script, tmp_path, file14, llama, monke
         **method(script),
     }
     whole = train(script, tmp_path / "whole", **given)
-    written = Run.log
-
-    def stop(self, split, numbers):
-        written(self, split, numbers)
-        if self.step == 3 and split == "train":
-            raise RuntimeError("killed")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "log", stop)
-        with pytest.raises(RuntimeError, match="killed"):
-            train(script, tmp_path / "part", **given)
+    train_until_killed(script, tmp_path / "part", **given)
     part = resume(script, tmp_path / "part")
     assert_same_weights(part, whole)
     assert (part / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()

@@ -30,6 +30,7 @@ from tests.runs import (
     toy_examples,
     toy_reward_anywhere,
     train,
+    train_until_killed,
     write_pairs,
 )
 
@@ -199,17 +200,7 @@ def test_every_script_trains_saves_and_goes_on(script, peft, tmp_path, file13, l
         monkeypatch.delitem(SHORT, "kl_samples")
     given["holdout"] = 0.2
     whole = train(script, tmp_path / "whole", **given)
-    log = Run.log
-
-    def stop(self, split, numbers):
-        log(self, split, numbers)
-        if self.step == 3 and split == "train":
-            raise RuntimeError("killed")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "log", stop)
-        with pytest.raises(RuntimeError, match="killed"):
-            train(script, tmp_path / "part", **given)
+    train_until_killed(script, tmp_path / "part", **given)
     (kept,) = (tmp_path / "part" / "checkpoints").iterdir()
     assert kept.name == "step-00000002"
     assert not (kept / "model.safetensors").exists()

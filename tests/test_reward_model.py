@@ -11,11 +11,10 @@ import torch
 import reward_model
 from common import InputError, batches, data, oracle
 from common import models as model_loading
-from common.run import Run
 from rewards import metrics
 from rewards import models as reward_models
 from tests import models
-from tests.runs import SHORT, lines_of, pairs, resume, start_process, train, weights, write_pairs
+from tests.runs import SHORT, lines_of, pairs, resume, start_process, train, train_until_killed, weights, write_pairs
 from toy import frozen, world
 
 
@@ -229,20 +228,10 @@ def recorded_rewards(folder, llama, file13, size):
     return found[0]
 
 
-def test_a_killed_run_resumes_bit_for_bit(tmp_path, file13, llama, monkeypatch):
+def test_a_killed_run_resumes_bit_for_bit(tmp_path, file13, llama):
     given = {"model": llama, "data": file13, "batch_size": 4, "epochs": 2, "save_every": 2, "holdout": 0.2}
     whole = train("reward_model", tmp_path / "whole", **given)
-    log = Run.log
-
-    def stop(self, split, numbers):
-        log(self, split, numbers)
-        if self.step == 3 and split == "train":
-            raise RuntimeError("killed")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "log", stop)
-        with pytest.raises(RuntimeError, match="killed"):
-            train("reward_model", tmp_path / "part", **given)
+    train_until_killed("reward_model", tmp_path / "part", **given)
     part = resume("reward_model", tmp_path / "part")
     assert weights(part) == weights(whole)
     assert (part / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()

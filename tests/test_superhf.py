@@ -16,7 +16,6 @@ import superhf
 import typo
 from common import InputError, batches, generate
 from common import models as model_loading
-from common.run import Run
 from rewards import models as reward_models
 from rewards import prompts as rewards_prompts
 from tests import models
@@ -32,6 +31,7 @@ from tests.runs import (
     start_process,
     toy_reward_anywhere,
     train,
+    train_until_killed,
     weights,
     write_pairs,
 )
@@ -522,7 +522,7 @@ def test_numbers_out_of_range_are_refused_by_their_flag(script):
 
 
 @both_scripts
-def test_a_killed_run_resumes_bit_for_bit_its_sampling_included(script, tmp_path, file11, llama, monkeypatch):
+def test_a_killed_run_resumes_bit_for_bit_its_sampling_included(script, tmp_path, file11, llama):
     given = {
         "model": llama,
         "data": file11,
@@ -536,17 +536,7 @@ def test_a_killed_run_resumes_bit_for_bit_its_sampling_included(script, tmp_path
     }
     given = {**QUICK, **given}
     whole = train(script, tmp_path / "whole", **given)
-    log = Run.log
-
-    def stop(self, split, numbers):
-        log(self, split, numbers)
-        if self.step == 3 and split == "train":
-            raise RuntimeError("killed")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "log", stop)
-        with pytest.raises(RuntimeError, match="killed"):
-            train(script, tmp_path / "part", **given)
+    train_until_killed(script, tmp_path / "part", **given)
     assert [path.name for path in (tmp_path / "part" / "checkpoints").iterdir()] == ["step-00000002"]
     part = resume(script, tmp_path / "part")
     assert weights(part) == weights(whole)
