@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from experiments import study
+from experiments import beds_frontier, study
 from experiments.beds import by_seed, most_common_bed, source_of
 from experiments.effects import Effect, Finding, Goal, beside, paired, unpaired_interval
 
@@ -88,13 +88,11 @@ def toy_finding(effects: list[Effect], entries: list, unfit: str = "") -> Findin
 
 def pointwise_beats_pairs(results: Path) -> Finding:
     """Claim 10."""
-    ours, others = toy_entries(results, ("pointwise_dpo.py", {}), ("dpo.py", {}))
-    effects = [
-        toy_effect("true reward, point-wise - pair-wise", "true_reward", ours, others),
-        beside(toy_effect("frontier efficiency", "frontier_efficiency", ours, others)),
-        beside(toy_effect("KL", "kl", ours, others)),
-    ]
-    return toy_finding(effects, [ours, others], "one beta each, and so never at one KL")
+    lines = beds_frontier.frontier_lines(results)
+    what = "true reward at one KL, point-wise - pair-wise"
+    effects = [beds_frontier.at_equal_kl(what, lines, "point-wise DPO", "DPO")]
+    unfit = "the pairs are two answers compared, not a good and a bad one by the labels that the point-wise loss has"
+    return Finding(effects, beds_frontier.frontier_source(lines), unfit)
 
 
 def ulma_beats_both(results: Path) -> Finding:
@@ -129,7 +127,7 @@ def continuous_labels_help(results: Path) -> Finding:
 
 # -- SuperHF, arXiv 2310.16763
 
-REACHES = Goal(above=-0.1)  # of the proxy reward, of which training wins two
+REACHES = Goal(above=-0.1)  # of rewards of which training wins one and a half to two
 PAPERS_KL = 0.35
 
 
@@ -154,6 +152,11 @@ def best_coefficient(lines: list[dict], method: str, n: int) -> float | None:
 
 def superhf_reaches_ppo(results: Path) -> Finding:
     """Claim 13."""
+    frontier = beds_frontier.frontier_lines(results)
+    kls = {method: beds_frontier.best_value(frontier, method) for method in ("SuperHF", "PPO")}
+    sides = [by_seed(frontier, "true_reward", method=method, value=value) for method, value in kls.items()]
+    best = " - ".join(f"{method} at {value:g}" for method, value in kls.items()) if frontier else "SuperHF - PPO"
+    direct = paired(f"true reward, trained on it, {best}", *sides, REACHES)
     lines = hacking_lines(results)
     ours, others = best_coefficient(lines, "SuperHF", 16), best_coefficient(lines, "PPO", 1)
 
@@ -164,11 +167,13 @@ def superhf_reaches_ppo(results: Path) -> Finding:
     above = Goal(above=0.0)
     best = f"SuperHF at {ours:g} - PPO at {others:g}" if lines and None not in (ours, others) else "SuperHF - PPO"
     effects = [
+        direct,
         difference(f"proxy reward, {best}", "proxy_reward", ours, REACHES),
         beside(difference(f"proxy reward, SuperHF at {PAPERS_KL}", "proxy_reward", PAPERS_KL, REACHES)),
         beside(difference(f"true reward, {best}", "true_reward", ours, above)),
     ]
-    return hacking_finding(lines, effects)
+    source = hacking_finding(lines, effects).source
+    return Finding(effects, "; ".join(filter(None, [beds_frontier.frontier_source(frontier), source])))
 
 
 def prior_trades(results: Path) -> Finding:

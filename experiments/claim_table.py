@@ -194,14 +194,13 @@ CLAIMS = {
     10: Claim(
         "Labels on single answers: the point-wise loss beats the pair-wise one",
         OWN,
-        toy_runs(10, "pointwise_dpo.py", "dpo.py"),
-        TOY,
+        "python -m experiments.frontier",
+        "easy toy, trained questions, three values of beta each, compared over the KL that both reach",
         beds_toy.pointwise_beats_pairs,
         {
             UNDECIDED: (
-                "The two ran at one beta each and end at different KL; their training answers are the same, the "
-                "labels are drawn anew for each. Both at three values of beta, DPO's pairs made of the labels, "
-                "compared at interpolated KL would decide it."
+                "Their training answers are the same, the labels are drawn anew for each. DPO's pairs made of the "
+                "labels, a good and a bad answer, would decide it."
             )
         },
     ),
@@ -244,8 +243,8 @@ CLAIMS = {
     13: Claim(
         "SuperHF reaches PPO's training reward",
         "SuperHF .582, PPO .317 (7B, normalised)",
-        HACKING,
-        HACKING_BED,
+        f"python -m experiments.frontier && {HACKING}",
+        f"easy toy, trained on the true reward; and {HACKING_BED}",
         beds_toy.superhf_reaches_ppo,
         {
             UNDECIDED: (

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from common import InputError
-from experiments import beds, beds_toy, claims, dph_choices, equivalence
+from experiments import beds, beds_frontier, beds_toy, claims, dph_choices, equivalence
 from experiments.claim_table import CLAIMS
 from experiments.effects import (
     FAILS,
@@ -238,18 +238,58 @@ def hacking_file(folder: Path, gain: float) -> None:
     lines_file(folder, [*lines, other], "reward_hacking.jsonl")
 
 
+def frontier_file(folder: Path, points: dict[str, list[tuple[float, float, float]]]) -> None:
+    """Three seeds of methods with settings (value, KL, true reward), a tenth apart."""
+    lines = []
+    for seed in range(3):
+        for method, settings in points.items():
+            for value, kl, reward in settings:
+                line = {"method": method, "value": value, "seed": seed, "asked": 20, "extra": ""}
+                lines.append(line | {"kl": kl, "true_reward": reward + 0.1 * seed})
+    lines_file(folder, lines, "frontier.jsonl")
+
+
 @pytest.mark.parametrize(("gain", "verdict"), [(0.5, HOLDS), (-0.05, HOLDS), (-0.5, FAILS)])
 def test_superhf_is_compared_at_the_best_of_each(tmp_path, gain, verdict):
     hacking_file(tmp_path, gain)
     finding = CLAIMS[13].finding(tmp_path)
+    assert finding.verdict == (FAILS if verdict == FAILS else UNDECIDED)  # one of two beds was not run
+    assert finding.effects[1].mean == pytest.approx(gain + 0.01)  # runs with other answers do not count
+    ours, others = [(0.05, 2.0, 1.0 + gain), (1.0, 0.5, 0.2)], [(0.1, 3.0, 0.9), (0.3, 1.0, 1.0), (1.0, 0.5, 0.4)]
+    frontier_file(tmp_path, {"SuperHF": ours, "PPO": others})
+    finding = CLAIMS[13].finding(tmp_path)
     assert finding.verdict == verdict
-    assert finding.effects[0].mean == pytest.approx(gain + 0.01)  # runs with other answers do not count
+    assert finding.effects[0].mean == pytest.approx(gain)
+    assert finding.effects[0].what.endswith("SuperHF at 0.05 - PPO at 0.3")
+
+
+def test_two_methods_at_the_kl_that_both_reach(tmp_path):
+    """Straight lines over the root of the KL: .5 r + .1 from 1 to 3, and .2 r from 0 to 2; between
+    1 and 2 the mean difference is that in the middle.
+    """
+    ours = [(value, r**2, 0.5 * r + 0.1) for value, r in ((0.1, 3.0), (0.3, 1.5), (1.0, 1.0))]
+    frontier_file(tmp_path, {"point-wise DPO": ours, "DPO": [(0.1, 4.0, 0.4), (1.0, 0.0, 0.0), (0.3, 1.0, 0.2)]})
+    (effect,) = CLAIMS[10].finding(tmp_path).effects
+    assert effect.mean == pytest.approx(0.3 * 1.5 + 0.1)
+    assert (effect.half, effect.over) == (pytest.approx(0, abs=1e-9), "3 seeds")
+    frontier_file(tmp_path, {"point-wise DPO": ours, "DPO": [(0.1, 0.5, 0.4), (1.0, 0.0, 0.0)]})
+    (effect,) = CLAIMS[10].finding(tmp_path).effects
+    assert effect.mean is None  # no KL in common
+
+
+def test_a_curve_is_read_between_its_points_only():
+    points = [(0.0, 1.0), (1.0, 3.0), (1.0, 5.0), (2.0, 4.0)]
+    assert [beds_frontier.height(points, root) for root in (0.0, 0.25, 1.5, 2.0)] == [1.0, 1.5, 4.5, 4.0]
+    with pytest.raises(ValueError, match="beyond the curve"):
+        beds_frontier.height(points, 2.1)
 
 
 def test_a_new_file_moves_verdict_and_page(tmp_path):
     folder = copied_results(tmp_path)
-    assert "| **undecided** |" in claims.block(folder, "table", "13", "13")
     hacking_file(folder, 0.5)
+    frontier_file(folder, {"SuperHF": [(0.05, 2.0, 1.5)], "PPO": [(0.1, 3.0, 1.7)]})
+    assert "| **fails** |" in claims.block(folder, "table", "13", "13")
+    frontier_file(folder, {"SuperHF": [(0.05, 2.0, 1.5)], "PPO": [(0.1, 3.0, 0.9)]})
     row = claims.block(folder, "table", "13", "13")
     assert "| **holds** |" in row
     assert "+0.510 [+0.485, +0.535], 3 seeds" in row
