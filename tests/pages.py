@@ -10,6 +10,7 @@ A block stands between `<!-- generated: KIND ARGUMENTS -->` and `<!-- /generated
     chat_model table polite_...       what results/chat_model.jsonl says: experiments/chat_pages.py
     claims table 1 4                  claims 1 to 4, from the result files: experiments/claims.py
     claims verdicts                   the claims of each verdict
+    toy toy_pairs trained "dpo.py"    a table of toy runs: experiments/toy_pages.py
 """
 
 import ast
@@ -161,8 +162,15 @@ def block(root: Path, words: str) -> str:
             return claims.block(root / "results", *arguments)
         except KeyError as error:
             raise Unknown(f"experiments/claims.py has no {error.args[0]}") from None
+    if kind == "toy":
+        from experiments import toy_pages
+
+        try:
+            return toy_pages.block(root / "results", *arguments)
+        except KeyError as error:
+            raise Unknown(f"results/{arguments[0]}.json has no {error.args[0]}") from None
     if kind not in {"diff", "code"}:
-        raise Unknown(f"{kind!r} is none of diff, code, reading, chat_model, claims")
+        raise Unknown(f"{kind!r} is none of diff, code, reading, chat_model, claims, toy")
     return {"diff": diff, "code": code}[kind](root, *arguments)
 
 

@@ -261,15 +261,21 @@ def test_committed_collections_have_the_documented_form(name):
 # -- the experiments themselves
 
 
+# What experiments and pages share: no programs.
+PARTS = {"__init__", "study", "tabular", "policies", "effects", "claim_table", "beds", "beds_pairs", "beds_toy"}
+PARTS |= {"beds_frontier", "chat_pages", "toy_pages", "sentiment_rows"}
+PRINT_ONLY = {"reading", "claims"}  # what a page says
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.py")), ids=lambda path: path.stem)
 def test_both_ways_to_start_an_experiment(path, tmp_path):
     if "def main(" not in path.read_text():
-        assert path.stem in {"__init__", "study", "tabular", "policies", "chat_pages"}
+        assert path.stem in PARTS
         return
     by_module = start_process(["-m", f"experiments.{path.stem}", "--help"])
     by_path = start_process([str(path), "--help"], cwd=tmp_path)
     assert (by_module.returncode, by_path.returncode) == (0, 0), by_module.stderr + by_path.stderr
-    assert path.stem == "reading" or "--output" in by_path.stdout  # what that prints is a page's
+    assert path.stem in PRINT_ONLY or "--output" in by_path.stdout
 
 
 def test_runs_of_the_pareto_experiment_build_on_each_other(tmp_path):

@@ -2,6 +2,7 @@
 CONTRIBUTING.md, which is carried out.
 """
 
+import json
 import math
 import os
 import re
@@ -212,7 +213,8 @@ def test_code_is_shown_without_its_docstring_or_from_line_to_line(small):
         ("code one.py two_loss", "one.py has no two_loss"),
         ("code three.py main", "there is no three.py"),
         ('code one.py main "while"', "one.py has no line there that begins with 'while'"),
-        ("quote one.py", "'quote' is none of diff, code, reading, chat_model, claims"),
+        ("toy toy_pairs facts", "results/toy_pairs.json has no toy_pairs.json"),
+        ("quote one.py", "'quote' is none of diff, code, reading, chat_model, claims, toy"),
     ],
 )
 def test_what_is_not_there_is_named(small, mark, words):
@@ -220,6 +222,40 @@ def test_what_is_not_there_is_named(small, mark, words):
     pages.fix(small)
     assert f"docs/one.md:2: {words}." in pages.check(small)
     assert "as it was" in (small / "docs" / "one.md").read_text()
+
+
+def test_a_table_of_toy_runs(small):
+    """Numbers of a made file; a command is found without the defaults that its line names."""
+    facts = {"seeds": [0, 1], "git_commit": ["a" * 40, "b" * 40], "device": "cpu", "seconds": 1.0}
+    facts["versions"] = {"torch": "2", "transformers": "5"}
+    reports = {
+        "before": {"kl": [0.0, 0.0, [0.0, 0.0]], "true_reward": [-0.1, 0.02, [-0.12, -0.08]]},
+        "after": {
+            "kl": [1.234, 0.1, [1.2, 1.3]],
+            "true_reward": [0.5, None, [0.5, None]],
+            "rude_share": [0.1, 0.0, []],
+        },
+        "after_best_of_n": {"kl": [2.0, 0.0, [2.0, 2.0]]},
+    }
+    (small / "results").mkdir()
+    command = "python dph.py --lr 0.001 --model toy --kl-samples 400 --dph-loss contrastive"
+    text = json.dumps([{"command": command, **facts, **reports}])
+    (small / "results" / "toy_x.json").write_text(text)
+    page = small / "docs" / "one.md"
+    page.write_text('<!-- generated: toy toy_x trained "dph.py --dph-loss contrastive" -->\n<!-- /generated -->\n')
+    pages.fix(small)
+    assert page.read_text().splitlines()[1:-1] == [
+        "| trained questions | KL, nats | true reward | rude |",
+        "| --- | --- | --- | --- |",
+        "| before | 0.00 ± 0.00 | -0.10 ± 0.02 | - |",
+        "| `dph.py --dph-loss contrastive` | 1.23 ± 0.10 | 0.50 | 0.10 ± 0.00 |",
+        "| `dph.py --dph-loss contrastive`, best of 8 | 2.00 ± 0.00 | - | - |",
+    ]
+    page.write_text("<!-- generated: toy toy_x facts -->\n<!-- /generated -->\n")
+    pages.fix(small)
+    assert "commit aaaaaaa, bbbbbbb; torch 2, transformers 5; cpu," in page.read_text()
+    page.write_text('<!-- generated: toy toy_x trained "dph.py" -->\n<!-- /generated -->\n')
+    assert "docs/one.md:1: results/toy_x.json has no dph.py." in pages.check(small)
 
 
 def test_marks_that_stand_alone_and_pages_that_are_missing_are_found(small):
