@@ -66,6 +66,7 @@ METHODS = {
 SEE_REWARD = ("SuperHF", "PPO", "best of n")  # the others see labels
 TARGET = "TYPO's target"
 COLUMNS = ("kl", "true_reward", "efficiency")
+TICKS = (0, 0.05, 0.2, 0.5, 1, 1.5, 2, 3, 4, 5, 6, 8, 10, 15, 20)
 
 
 @dataclass
@@ -196,7 +197,7 @@ def groups_of(points: list[dict]) -> dict[tuple[str, float], list[dict]]:
 
 def cells_of(group: list[dict]) -> list[str]:
     """Mean and 95% interval over seeds of KL, true reward and share of the best possible gain."""
-    return [study.mean_and_interval_cell([point[name] for point in group]) for name in COLUMNS]
+    return [study.interval_cell([point[name] for point in group]) for name in COLUMNS]
 
 
 def setting_of(name: str, value: float) -> str:
@@ -218,30 +219,84 @@ def report(points: list[dict]) -> None:
 
 
 def draw(points: list[dict], axes: list) -> None:
-    """Each method's settings, means with crosses of 95% intervals, under the best possible curve."""
+    """Means of all settings with crosses of 95% intervals, under the best possible curve."""
     (axis,) = axes
     groups = groups_of(points)
-    for name in dict.fromkeys(name for name, _ in groups):
-        draw_method(axis, name, [group for (other, _), group in groups.items() if other == name])
-    draw_best_possible(axis, tuple(sorted({point["seed"] for point in points})))
-    axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+    means = {
+        key: [study.mean_and_interval([point[x] for point in group]) for x in COLUMNS] for key, group in groups.items()
+    }
+    for name in METHODS:
+        draw_method(axis, name, [cell for (other, _), cell in means.items() if other == name])
+    if target := means.get((TARGET, 0)):
+        spot = target[0][0], target[1][0]
+        axis.scatter(*spot, marker="+", s=60, color=study.points_of("TYPO")["color"])
+        axis.annotate("what TYPO aims at", spot, (6, -3), textcoords="offset points", fontsize=8)
+    longest = 1.15 * max(1, *(kl[0] for kl, *_ in means.values()))
+    draw_best_possible(axis, sorted({point["seed"] for point in points}), longest)
+    # Small gains grow with the root of the KL, so on this axis every curve begins straight.
+    axis.set_xscale("function", functions=(lambda x: x.clip(0) ** 0.5, lambda x: x**2))
+    axis.set_xlim(0, longest)
+    axis.set_ylim(top=1.6)
+    axis.set_xticks([tick for tick in TICKS if tick < axis.get_xlim()[1]])
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.set_xlabel("KL(policy || base model), nats per answer (axis: square root)")
+    axis.set_ylabel("true reward, mean over the trained questions")
+    axis.grid(color="0.93", linewidth=0.6)
+    axis.set_axisbelow(True)
+    draw_legends(axis, {name for name, _ in means})
 
 
-def draw_method(axis, name: str, groups: list[list[dict]]) -> None:
-    """A method's settings, joined in the order of their values."""
-    pairs = [[study.mean_and_interval([point[column] for point in group]) for group in groups] for column in COLUMNS]
-    (kls, kl_errors), (rewards, reward_errors) = ([*zip(*column)] for column in pairs[:2])
+def draw_method(axis, name: str, cells: list) -> None:
+    """A method's settings, joined in the order of their values; `cells` hold (mean, half of the
+    interval) of KL, true reward and share.
+    """
+    if not cells:
+        return
+    (kls, kl_halves), (rewards, reward_halves) = (list(zip(*[cell[i] for cell in cells])) for i in (0, 1))
     look = study.points_of(name)
-    errors = {"xerr": kl_errors, "yerr": reward_errors} if None not in kl_errors else {}
-    axis.errorbar(kls, rewards, **errors, color=look["color"], linewidth=0.9, elinewidth=0.7)
-    axis.scatter(kls, rewards, **look, zorder=3, label=name)
+    axis.plot(kls, rewards, color=look["color"], linewidth=1, alpha=0.5)
+    for kl, kl_half, reward, reward_half in zip(kls, kl_halves, rewards, reward_halves):
+        if kl_half is not None:
+            axis.plot([max(0, kl - kl_half), kl + kl_half], [reward] * 2, color=look["color"], linewidth=0.7)
+            axis.plot([kl] * 2, [reward - reward_half, reward + reward_half], color=look["color"], linewidth=0.7)
+    axis.scatter(kls, rewards, **mark_of(name), zorder=3)
 
 
-def draw_best_possible(axis, seeds: tuple[int, ...]) -> None:
-    """The best possible true reward at each KL, mean over seeds and the range of seeds."""
-    kls = torch.linspace(0, 8, 400, dtype=torch.float64)
-    curves = policies.mean_frontier(seeds, kls)
-    axis.plot(kls, curves.mean(0), color="black", linewidth=1.2)
+def mark_of(name: str) -> dict:
+    """A method's mark for scatter: hollow where the method sees the true reward."""
+    look = study.points_of(name)
+    size = 34 if isinstance(look["marker"], str) and look["marker"] != "*" else 60  # stars are thin
+    face = "white" if name in SEE_REWARD else look["color"]
+    return {"marker": look["marker"], "s": size, "facecolor": face, "edgecolor": look["color"], "linewidth": 1.1}
+
+
+def draw_legends(axis, names: set[str]) -> None:
+    """Beside the panel, the methods by what they see."""
+    kinds = {"learn from labels": (1.02, False), "see the true reward": (0.55, True)}
+    for title, (top, sees) in kinds.items():
+        shown = [name for name in METHODS if name in names and (name in SEE_REWARD) == sees]
+        handles = [axis.scatter([], [], **mark_of(name), label=legend_of(name)) for name in shown]
+        place = {"loc": "upper left", "bbox_to_anchor": (1.01, top), "frameon": False, "alignment": "left"}
+        legend = axis.legend(handles=handles, title=title, **place)
+        if not sees:
+            axis.add_artist(legend)  # the next one would take its place
+
+
+def legend_of(name: str) -> str:
+    """A method with its three values."""
+    values = ", ".join(f"{value:g}" for value in METHODS[name].values)
+    return f"{name}: {setting_of(name, 0)[:-2]} {values}"
+
+
+def draw_best_possible(axis, seeds: list[int], longest: float) -> None:
+    """The best possible true reward at each KL, mean over seeds; what lies above no policy has."""
+    roots = torch.linspace(0, longest**0.5, 300, dtype=torch.float64)
+    best = policies.mean_frontier(tuple(seeds), roots**2).mean(0)
+    axis.plot(roots**2, best, color="black", linewidth=1.4)
+    axis.fill_between(roots**2, best, 2, color="0.94", linewidth=0)
+    axis.annotate("no policy is here", (0.12, 1.2), fontsize=8, color="0.35")
+    line = {"arrowstyle": "-", "color": "0.5", "linewidth": 0.7}
+    axis.annotate("base model", (0, best[0]), (10, -42), textcoords="offset points", fontsize=8, arrowprops=line)
 
 
 if __name__ == "__main__":

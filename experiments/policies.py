@@ -184,7 +184,9 @@ def mean_frontier(seeds: tuple[int, ...], kls: torch.Tensor) -> torch.Tensor:
     """
     curves = []
     for seed in seeds:
-        xs, ys = world.frontier(question_rewards(reference_answers(seed)))
+        rewards = question_rewards(reference_answers(seed))
+        xs, ys = world.frontier(rewards)
+        xs, ys = torch.cat([xs.new_zeros(1), xs]), torch.cat([rewards.mean()[None], ys])  # the base model itself
         right = torch.searchsorted(xs, kls.double()).clamp(1, len(xs) - 1)
         share = ((kls - xs[right - 1]) / (xs[right] - xs[right - 1]).clamp(min=1e-12)).clamp(0, 1)
         curves.append(ys[right - 1] + share * (ys[right] - ys[right - 1]))

@@ -188,7 +188,7 @@ def central_share(t: float, df: int) -> float:
     return series if df % 2 == 0 else 2 / math.pi * (angle + series)
 
 
-def mean_and_interval_cell(values: list[float | None], digits: int = 2) -> str:
+def interval_cell(values: list[float | None], digits: int = 2) -> str:
     """A cell of a table: "mean ± half width of the 95% interval", "-" where there is no value."""
     mean, half = mean_and_interval(values)
     return "-" if mean is None else f"{mean:.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
@@ -208,7 +208,8 @@ def print_table(heads: list[str], rows: list[list], title: str = "") -> None:
 
 # -- figures
 
-# Okabe and Ito's colours, which colour-blind readers tell apart; mark and dashes do it in grey.
+# Okabe and Ito's colours and some of Paul Tol's, which colour-blind readers tell apart; mark and
+# dashes do it in grey.
 LOOKS = [
     {"color": colour, "marker": mark, "linestyle": dashes}
     for colour, mark, dashes in (
@@ -220,12 +221,17 @@ LOOKS = [
         ("#56B4E9", "P", (0, (3, 1, 1, 1))),
         ("#000000", "X", (0, (1, 1))),
         ("#8C564B", "*", (0, (7, 2, 2, 2))),
+        ("#332288", "<", (0, (4, 2))),
+        ("#882255", ">", (0, (6, 2, 1, 2))),
+        ("#117733", (4, 1), (0, (2, 1))),
+        ("#999933", "p", (0, (8, 1))),
+        ("#AA4499", "d", (0, (5, 2, 1, 2, 1, 2))),
     )
 ]
 # The place of each method's look; a method has the same one in all figures.
 METHODS = {
-    **{"DPO": 0, "TYPO": 1, "cDPO": 2, "DPH's LM": 3, "IPO": 4, "f-DPO": 5},
-    **{"SuperHF": 0, "PPO": 1},
+    **{"DPO": 0, "TYPO": 1, "cDPO": 2, "DPH's LM": 3, "DPH's pick": 12, "IPO": 4, "f-DPO": 5},
+    **{"SFT": 7, "point-wise DPO": 10, "ULMA": 11, "SuperHF": 8, "PPO": 9, "best of n": 6},
     **{"MLE": 0, "filtering": 1, "conditional": 2, "unlikelihood": 3, "RWR": 4, "RWR, beta 10": 5, "AWR": 6},
     **{"conditional, not asked": 7},
 }

@@ -3,11 +3,13 @@ not what it says it is, and exits 1; with --fix it writes the blocks.
 
 A block stands between `<!-- generated: KIND ARGUMENTS -->` and `<!-- /generated -->`. Kinds:
     diff dpo.py cdpo.py               what sets two scripts apart
+    diff dpo.py cdpo.py dpo_loss cdpo_loss    the changed lines of two functions alone
     code dpo.py dpo_loss              a function without its docstring
     code dpo.py main "for rows" "x"   of it the lines from that which begins with "for rows" to the
                                       next that begins with "x", or to the end where "x" is left out
     reading NAME                      a block of experiments/reading.py
     chat_model table polite_...       what results/chat_model.jsonl says: experiments/chat_pages.py
+    frontier best                     what results/frontier.jsonl says: frontier_pages.py there
 """
 
 import ast
@@ -109,10 +111,23 @@ def hunks_of(root: Path, a: str, b: str) -> list[tuple[int, str, list[str]]]:
     return hunks
 
 
-def diff(root: Path, a: str, b: str) -> str:
+def changed_lines(old: list[str], new: list[str]) -> list[str]:
+    """Lines that were taken away, with - before them, and those that came, with +."""
+    lines = []
+    for kind, i, j, k, m in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        if kind != "equal":
+            lines += [f"-{line}" for line in old[i:j]] + [f"+{line}" for line in new[k:m]]
+    return lines
+
+
+def diff(root: Path, a: str, b: str, *functions: str) -> str:
     """What sets two scripts apart, as a fenced block; of a long diff the losses and compute_loss,
-    with a sentence that names the command for the rest.
+    with a sentence that names the command for the rest. With the names of a function in each, the
+    changed lines of those alone, docstrings left out.
     """
+    if functions:
+        old, new = (code(root, file, name).splitlines()[1:-1] for file, name in zip((a, b), functions, strict=True))
+        return "\n".join(["```diff", *changed_lines(old, new), "```"])
     hunks = hunks_of(root, a, b)
     count = sum(len(lines) for _, _, lines in hunks)
     text, part = ["```diff"], None
@@ -152,8 +167,15 @@ def block(root: Path, words: str) -> str:
             return chat_pages.block(*arguments)
         except KeyError as error:
             raise Unknown(f"results/chat_model.jsonl has no {error.args[0]}") from None
+    if kind == "frontier":
+        from experiments import frontier_pages
+
+        try:
+            return frontier_pages.block(*arguments)
+        except KeyError as error:
+            raise Unknown(f"experiments/frontier_pages.py has no block {error.args[0]!r}") from None
     if kind not in {"diff", "code"}:
-        raise Unknown(f"{kind!r} is none of diff, code, reading, chat_model")
+        raise Unknown(f"{kind!r} is none of diff, code, reading, chat_model, frontier")
     return {"diff": diff, "code": code}[kind](root, *arguments)
 
 
