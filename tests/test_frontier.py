@@ -102,11 +102,26 @@ def test_a_head_picks_among_its_own_lms_answers(toy_base, monkeypatch):
     assert (one["n"], one["kl"]) == (1, pytest.approx(0, abs=1e-9))
     assert (four["n"], four["kl"]) == (4, pytest.approx(math.log(4) - 3 / 4))
     assert four["true_reward"] == pytest.approx(policies.judge_best_of_base(0, 4)["true_reward"], abs=0.06)
-    # A policy twice as likely to give every picked answer is log 2 further away.
-    ratios = iter([0.0, math.log(0.5)])
-    monkeypatch.setattr(policies, "plain_logps", lambda _model, pairs, *_: torch.full((len(pairs),), next(ratios)))
-    (again,) = policies.judge_head_picks(folder, 0, 16, (4,))
-    assert again["kl"] == pytest.approx(four["kl"] + math.log(2))
+
+    # A policy that makes polite answers twice as likely is log 2 further away where it picks those.
+    def twice_as_likely(model, pairs, *_):
+        texts = [policies.decode_completion(tokenizer, completion) for _, completion in pairs]
+        polite = torch.tensor([any(words in text for words in world.POLITE) for text in texts])
+        return polite * (0.0 if model is reference else math.log(2))
+
+    reference = policies.load_policy(folder, tokenizer)
+    models = iter([policy, reference])
+    monkeypatch.setattr(policies, "load_policy", lambda *_: next(models))
+    monkeypatch.setattr(policies, "plain_logps", twice_as_likely)
+    (again,) = policies.judge_head_picks(folder, 0, 16, (16,))
+    texts = policies.by_question(policies.sample_policy(policy, tokenizer, 0, 16)[2], 16)
+    best = []
+    for row, group in zip(questions, texts):
+        rewards = [world.true_reward(row, text) for text in group]
+        tops = [text for text, reward in zip(group, rewards) if reward == max(rewards)]
+        best.append(sum(world.judge(row, text)["polite"] for text in tops) / len(tops))
+    assert sum(best) / len(best) > 0.8  # of all answers .3 are polite
+    assert again["kl"] == pytest.approx(policies.kl_of_best(16) + math.log(2) * sum(best) / len(best))
 
 
 def test_the_target_of_typo_is_proportional_to_exp_of_the_reward(monkeypatch):
