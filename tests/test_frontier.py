@@ -90,12 +90,14 @@ def test_a_head_picks_among_its_own_lms_answers(toy_base, monkeypatch):
 
     def true_rewards(_model, head, pairs):
         assert head.tolist() == [7]
-        texts = policies.sample_policy(policy, tokenizer, 0, 16)[2]
         return [world.true_reward(questions[i // 16], text) for i, text in enumerate(texts)]
 
     folder = str(toy_base)
     tokenizer = policies.load_tokenizer(folder)
     policy = policies.load_policy(folder, tokenizer)
+    sampled = policies.sample_policy(policy, tokenizer, 0, 16)
+    texts = sampled[2]
+    monkeypatch.setattr(policies, "sample_policy", lambda *_: sampled)
     monkeypatch.setattr(policies, "load_weights", lambda *_: {"score.weight": torch.tensor([7])})
     monkeypatch.setattr(policies, "plain_rewards", true_rewards)
     one, four = policies.judge_head_picks(folder, 0, 16, (1, 4))
@@ -105,7 +107,7 @@ def test_a_head_picks_among_its_own_lms_answers(toy_base, monkeypatch):
 
     # A policy that makes polite answers twice as likely is log 2 further away where it picks those.
     def twice_as_likely(model, pairs, *_):
-        texts = [policies.decode_completion(tokenizer, completion) for _, completion in pairs]
+        assert len(pairs) == len(texts)
         polite = torch.tensor([any(words in text for words in world.POLITE) for text in texts])
         return polite * (0.0 if model is reference else math.log(2))
 
@@ -114,9 +116,8 @@ def test_a_head_picks_among_its_own_lms_answers(toy_base, monkeypatch):
     monkeypatch.setattr(policies, "load_policy", lambda *_: next(models))
     monkeypatch.setattr(policies, "plain_logps", twice_as_likely)
     (again,) = policies.judge_head_picks(folder, 0, 16, (16,))
-    texts = policies.by_question(policies.sample_policy(policy, tokenizer, 0, 16)[2], 16)
     best = []
-    for row, group in zip(questions, texts):
+    for row, group in zip(questions, policies.by_question(texts, 16)):
         rewards = [world.true_reward(row, text) for text in group]
         tops = [text for text, reward in zip(group, rewards) if reward == max(rewards)]
         best.append(sum(world.judge(row, text)["polite"] for text in tops) / len(tops))
