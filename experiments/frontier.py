@@ -236,7 +236,8 @@ def draw(points: list[dict], axes: list) -> None:
     # Small gains grow with the root of the KL, so on this axis every curve begins straight.
     axis.set_xscale("function", functions=(lambda x: x.clip(0) ** 0.5, lambda x: x**2))
     axis.set_xlim(0, longest)
-    axis.set_ylim(top=1.6)
+    # One collapsed run can make an interval longer than all else: it is cut at the border.
+    axis.set_ylim(min(0, *(reward[0] for _, reward, _ in means.values())) - 0.35, 1.6)
     axis.set_xticks([tick for tick in TICKS if tick < axis.get_xlim()[1]])
     axis.xaxis.set_major_formatter("{x:g}")
     axis.set_xlabel("KL(policy || base model), nats per answer (axis: square root)")
