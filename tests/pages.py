@@ -3,6 +3,7 @@ not what it says it is, and exits 1; with --fix it writes the blocks.
 
 A block stands between `<!-- generated: KIND ARGUMENTS -->` and `<!-- /generated -->`. Kinds:
     diff dpo.py cdpo.py               what sets two scripts apart
+    diff dpo.py cdpo.py dpo_loss cdpo_loss    the changed lines of two functions alone
     code dpo.py dpo_loss              a function without its docstring
     code dpo.py main "for rows" "x"   of it the lines from that which begins with "for rows" to the
                                       next that begins with "x", or to the end where "x" is left out
@@ -11,9 +12,11 @@ A block stands between `<!-- generated: KIND ARGUMENTS -->` and `<!-- /generated
     claims table 1 4                  claims 1 to 4, from the result files: experiments/claims.py
     claims verdicts                   the claims of each verdict
     toy toy_pairs trained "dpo.py"    a table of toy runs: experiments/toy_pages.py
+    frontier best                     what results/frontier.jsonl says: frontier_pages.py there
 """
 
 import ast
+import importlib
 import re
 import shlex
 import sys
@@ -28,6 +31,14 @@ ROOT = Path(__file__).resolve().parent.parent
 MARK = re.compile(r"^(<!-- generated: (.*?) -->\n)(.*?)^(<!-- /generated -->)", re.DOTALL | re.MULTILINE)
 LONGEST = 64  # changed lines of a diff that is shown whole
 LOSS = 1  # of the sections of a script: the losses and compute_loss
+
+
+MADE = {  # kind -> (module of experiments/ that makes its blocks, what lacks one, whether it is told where results are)
+    "chat_model": ("chat_pages", "results/chat_model.jsonl", False),
+    "claims": ("claims", "experiments/claims.py", True),
+    "frontier": ("frontier_pages", "experiments/frontier_pages.py", False),
+    "toy": ("toy_pages", "results/{}.json", True),
+}
 
 
 class Unknown(Exception):
@@ -112,10 +123,23 @@ def hunks_of(root: Path, a: str, b: str) -> list[tuple[int, str, list[str]]]:
     return hunks
 
 
-def diff(root: Path, a: str, b: str) -> str:
+def changed_lines(old: list[str], new: list[str]) -> list[str]:
+    """Lines that were taken away, with - before them, and those that came, with +."""
+    lines = []
+    for kind, i, j, k, m in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        if kind != "equal":
+            lines += [f"-{line}" for line in old[i:j]] + [f"+{line}" for line in new[k:m]]
+    return lines
+
+
+def diff(root: Path, a: str, b: str, *functions: str) -> str:
     """What sets two scripts apart, as a fenced block; of a long diff the losses and compute_loss,
-    with a sentence that names the command for the rest.
+    with a sentence that names the command for the rest. With the names of a function in each, the
+    changed lines of those alone, docstrings left out.
     """
+    if functions:
+        old, new = (code(root, file, name).splitlines()[1:-1] for file, name in zip((a, b), functions, strict=True))
+        return "\n".join(["```diff", *changed_lines(old, new), "```"])
     hunks = hunks_of(root, a, b)
     count = sum(len(lines) for _, _, lines in hunks)
     text, part = ["```diff"], None
@@ -148,29 +172,15 @@ def block(root: Path, words: str) -> str:
         if name not in reading():
             raise Unknown(f"experiments/reading.py has no block {name!r}")
         return reading()[name]
-    if kind == "chat_model":
-        from experiments import chat_pages
-
+    if kind in MADE:
+        module, lacking, takes_results = MADE[kind]
+        made = importlib.import_module(f"experiments.{module}").block
         try:
-            return chat_pages.block(*arguments)
+            return made(*[root / "results"] * takes_results, *arguments)
         except KeyError as error:
-            raise Unknown(f"results/chat_model.jsonl has no {error.args[0]}") from None
-    if kind == "claims":
-        from experiments import claims
-
-        try:
-            return claims.block(root / "results", *arguments)
-        except KeyError as error:
-            raise Unknown(f"experiments/claims.py has no {error.args[0]}") from None
-    if kind == "toy":
-        from experiments import toy_pages
-
-        try:
-            return toy_pages.block(root / "results", *arguments)
-        except KeyError as error:
-            raise Unknown(f"results/{arguments[0]}.json has no {error.args[0]}") from None
+            raise Unknown(f"{lacking.format(*arguments)} has no {error.args[0]}") from None
     if kind not in {"diff", "code"}:
-        raise Unknown(f"{kind!r} is none of diff, code, reading, chat_model, claims, toy")
+        raise Unknown(f"{kind!r} is none of diff, code, reading, {', '.join(MADE)}")
     return {"diff": diff, "code": code}[kind](root, *arguments)
 
 

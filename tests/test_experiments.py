@@ -11,17 +11,7 @@ import pytest
 
 import dpo
 from common import InputError
-from experiments import (
-    chat_model,
-    chat_pages,
-    collect,
-    pareto,
-    partition,
-    policies,
-    reward_hacking,
-    study,
-    toy_frontier,
-)
+from experiments import chat_model, chat_pages, collect, frontier, pareto, partition, policies, reward_hacking, study
 from tests.runs import CHAT, ROOT, start_process, write_pairs
 
 # -- runs as processes
@@ -145,11 +135,7 @@ def test_methods_can_be_told_apart_in_grey():
         assert len({str(look[name]) for look in study.LOOKS}) == len(study.LOOKS)
     # On white paper.
     assert max(luminance(look["color"]) for look in study.LOOKS) < 0.75
-    families = [
-        ("DPO", "TYPO", "cDPO", "DPH's LM", "IPO", "f-DPO"),
-        ("SuperHF", "PPO"),
-        tuple(pareto.OBJECTIVES["toy"]),
-    ]
+    families = [(*frontier.METHODS, "IPO", "f-DPO"), tuple(pareto.OBJECTIVES["toy"])]
     for names in families:
         assert len({study.METHODS[name] for name in names}) == len(names)
 
@@ -263,7 +249,7 @@ def test_committed_collections_have_the_documented_form(name):
 
 # What experiments and pages share: no programs.
 PARTS = {"__init__", "study", "tabular", "policies", "effects", "claim_table", "beds", "beds_pairs", "beds_toy"}
-PARTS |= {"beds_frontier", "chat_pages", "toy_pages", "sentiment_rows"}
+PARTS |= {"beds_frontier", "chat_pages", "frontier_pages", "toy_pages", "sentiment_rows"}
 PRINT_ONLY = {"reading", "claims"}  # what a page says
 
 
@@ -301,19 +287,15 @@ def test_answers_are_grouped_by_question():
 
 
 @pytest.mark.study
-@pytest.mark.parametrize("name", ["toy_frontier", "partition"])
-def test_a_small_grid_goes_on_where_it_stopped(tmp_path, toy_base, name):
-    words = [f"experiments/{name}.py", "--seeds", "0", "--betas", "0.3", "--answers", "2", "--jobs", "2"]
-    words += ["--lams", "0.3"] if name == "toy_frontier" else ["--constants", "0.0"]
-    words += ["--extra=--max-steps 2", "--output-dir", str(tmp_path)]
+def test_a_small_grid_goes_on_where_it_stopped(tmp_path, toy_base):
+    words = ["experiments/partition.py", "--seeds", "0", "--betas", "0.3", "--answers", "2", "--jobs", "2"]
+    words += ["--constants", "0.0", "--extra=--max-steps 2", "--output-dir", str(tmp_path)]
     process = start_process(words, timeout=200)
     assert process.returncode == 0, process.stderr
-    path = tmp_path / f"{name}.jsonl"
+    path = tmp_path / "partition.jsonl"
     lines = study.read_lines(path)
-    module, column = (toy_frontier, "method") if name == "toy_frontier" else (partition, "handling")
-    expected = set(toy_frontier.SCRIPTS) if name == "toy_frontier" else {"0.0", "learned"}
-    assert {line[column] for line in lines} == expected, process.stdout
-    assert all(set(module.COLUMNS) <= line.keys() for line in lines)
+    assert {line["handling"] for line in lines} == {"0.0", "learned"}, process.stdout
+    assert all(set(partition.COLUMNS) <= line.keys() for line in lines)
     assert all(0 < line["kl"] < 5 for line in lines)
     study.write_lines(path, lines[:-1])
     process = start_process(words, timeout=200)

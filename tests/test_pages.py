@@ -207,6 +207,14 @@ def test_code_is_shown_without_its_docstring_or_from_line_to_line(small):
     assert pages.code(small, "one.py", "main", 'print("end').count("\n") == 2
 
 
+def test_of_two_functions_the_changed_lines_alone_are_shown(small):
+    shown = pages.block(small, "diff one.py two.py one_loss one_loss")
+    assert shown == "```diff\n-    return x * 1\n+    return x * 2\n```"
+    assert pages.block(small, "diff one.py two.py main main") == "```diff\n```"
+    with pytest.raises(pages.Unknown, match=r"two\.py has no two_loss"):
+        pages.block(small, "diff one.py two.py one_loss two_loss")
+
+
 @pytest.mark.parametrize(
     ("mark", "words"),
     [
@@ -214,7 +222,7 @@ def test_code_is_shown_without_its_docstring_or_from_line_to_line(small):
         ("code three.py main", "there is no three.py"),
         ('code one.py main "while"', "one.py has no line there that begins with 'while'"),
         ("toy toy_pairs facts", "results/toy_pairs.json has no toy_pairs.json"),
-        ("quote one.py", "'quote' is none of diff, code, reading, chat_model, claims, toy"),
+        ("quote one.py", "'quote' is none of diff, code, reading, chat_model, claims, frontier, toy"),
     ],
 )
 def test_what_is_not_there_is_named(small, mark, words):
