@@ -199,8 +199,9 @@ CLAIMS = {
         beds_toy.pointwise_beats_pairs,
         {
             UNDECIDED: (
-                "Their training answers are the same, the labels are drawn anew for each. DPO's pairs made of the "
-                "labels, a good and a bad answer, would decide it."
+                "At the same KL the point-wise loss is ahead in every seed. But it sees a label of each answer, "
+                "where DPO sees which of two is better: the answers are the same, what is said of them is not. "
+                "DPO's pairs made of the labels, a good and a bad answer, would decide it."
             )
         },
     ),
@@ -248,9 +249,9 @@ CLAIMS = {
         beds_toy.superhf_reaches_ppo,
         {
             UNDECIDED: (
-                "At the best of its priors, none, SuperHF is behind in every seed, by less than the interval. With "
-                "the paper's prior it is far behind: that prior caps the reward, however many steps are taken "
-                "[derived]."
+                "Each at its best prior, SuperHF ends a little below PPO in every seed, on the true reward by "
+                "about the margin, on the proxy by less than the interval. With the paper's prior it is far behind: "
+                "that prior caps the reward, however many steps are taken [derived]."
             )
         },
     ),
