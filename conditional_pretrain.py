@@ -25,8 +25,8 @@ Differences from the authors' code:
 2. Logits exist for a few thousand tokens at a time and are recomputed in the backward pass.
 3. No dropout, and evaluation is in eval mode; theirs leaves dropout on while it samples.
 4. <|good|> and <|bad|> are the paper's names; their code says <|aligned|> and <|misaligned|>.
-5. On text, too, only the token that was not asked for is banned; theirs bans both there, and a model
-   that may not write <|good|> before its next sentence ends at the first one.
+5. On text, too, only the token that was not asked for is banned. Theirs bans both there, and a
+   model that may not write <|good|> before a second sentence ends after the first.
 """
 
 import sys

@@ -42,7 +42,7 @@ CHAT = (
 TOY = "easy toy, trained questions"
 HACKING = "python -m experiments.reward_hacking --seeds 0 1 2 3 4"
 HACKING_BED = "easy toy, trained on a proxy that pays for length; SuperHF at six priors, PPO at three"
-PARETO = "python -m experiments.pareto --seeds 0 1 2 3 4"
+PARETO = "python -m experiments.pareto"
 PARETO_BED = "toy corpus, 500,000 tokens, a teacher that is itself rude"
 
 

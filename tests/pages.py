@@ -8,6 +8,7 @@ A block stands between `<!-- generated: KIND ARGUMENTS -->` and `<!-- /generated
                                       next that begins with "x", or to the end where "x" is left out
     reading NAME                      a block of experiments/reading.py
     chat_model table polite_...       what results/chat_model.jsonl says: experiments/chat_pages.py
+    pareto pretraining                a table of results/pareto_toy.jsonl: experiments/pareto.py
     claims table 1 4                  claims 1 to 4, from the result files: experiments/claims.py
     claims verdicts                   the claims of each verdict
 """
@@ -154,6 +155,13 @@ def block(root: Path, words: str) -> str:
             return chat_pages.block(*arguments)
         except KeyError as error:
             raise Unknown(f"results/chat_model.jsonl has no {error.args[0]}") from None
+    if kind == "pareto":
+        from experiments import pareto
+
+        try:
+            return pareto.block(root / "results", *arguments)
+        except KeyError as error:
+            raise Unknown(f"results/pareto_toy.jsonl has no {error.args[0]}") from None
     if kind == "claims":
         from experiments import claims
 
@@ -162,7 +170,7 @@ def block(root: Path, words: str) -> str:
         except KeyError as error:
             raise Unknown(f"experiments/claims.py has no {error.args[0]}") from None
     if kind not in {"diff", "code"}:
-        raise Unknown(f"{kind!r} is none of diff, code, reading, chat_model, claims")
+        raise Unknown(f"{kind!r} is none of diff, code, reading, chat_model, pareto, claims")
     return {"diff": diff, "code": code}[kind](root, *arguments)
 
 

@@ -212,7 +212,8 @@ def test_code_is_shown_without_its_docstring_or_from_line_to_line(small):
         ("code one.py two_loss", "one.py has no two_loss"),
         ("code three.py main", "there is no three.py"),
         ('code one.py main "while"', "one.py has no line there that begins with 'while'"),
-        ("quote one.py", "'quote' is none of diff, code, reading, chat_model, claims"),
+        ("pareto teacher", "results/pareto_toy.jsonl has no teacher"),
+        ("quote one.py", "'quote' is none of diff, code, reading, chat_model, pareto, claims"),
     ],
 )
 def test_what_is_not_there_is_named(small, mark, words):
