@@ -125,7 +125,7 @@ class Args:
     red_team: int = 0
     """Rounds in which prompts are sought for models of `--red-teamed`; 0: none."""
     red_teamed: tuple[str, ...] = ("MLE", "conditional")
-    """Methods that are red-teamed, from the start: each takes as long as forty others."""
+    """Methods that are red-teamed, from the start: a round samples as much as twenty end tables."""
     half: bool = True
     """Also the finetuning comparison: half of the tokens MLE, then each objective for the rest."""
     jobs: int = 1
