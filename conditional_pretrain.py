@@ -6,9 +6,9 @@ is good. <|good|> is put before segments with s <= t, <|bad|> before the others,
 probability d; then maximum likelihood, the control tokens being targets like all others:
     loss = -log p(token)        mean over all tokens
 
-At inference the model starts from EOS <|good|>. On text both control tokens are banned; on code
-only <|bad|> is: the model itself writes <|good|> before each line, and nothing is inserted. Control
-tokens are taken out before a sample is scored.
+At inference the model starts from EOS <|good|>, and <|bad|> is banned: the model itself writes
+<|good|> before each further segment, and nothing is inserted. Control tokens are taken out before a
+sample is scored.
 
     python conditional_pretrain.py                 the toy corpus, a minute or two on a CPU
     python conditional_pretrain.py --task pep8 --context 256 --drop 0.1
@@ -25,6 +25,8 @@ Differences from the authors' code:
 2. Logits exist for a few thousand tokens at a time and are recomputed in the backward pass.
 3. No dropout, and evaluation is in eval mode; theirs leaves dropout on while it samples.
 4. <|good|> and <|bad|> are the paper's names; their code says <|aligned|> and <|misaligned|>.
+5. On text, too, only the token that was not asked for is banned. Theirs bans both there, and a
+   model that may not write <|good|> before a second sentence ends after the first.
 """
 
 import sys
@@ -356,13 +358,11 @@ def main(args: Args) -> None:
     evaluate_model = partial(evaluate.evaluate_model, **settings, **shape)
     columns = baseline.column(plain_folder, evaluate_model, run.device)
     # [method]
-    both = [good, bad]
-    # What the samples begin with, and what is banned in them.
-    asked = {"after": ([good], both), "after_bad": ([bad], both), "after_no_token": ([], both)}
-    if args.task == "pep8":  # on code the model goes on to write the control token that it was given
-        asked |= {"after": ([good], [bad]), "after_bad": ([bad], [good])}
+    # What the samples begin with, and what is banned in them: the other token, as the model itself
+    # writes one before each further segment. Where nothing is asked for, it chooses both.
+    asked = {"after": ([good], [bad]), "after_bad": ([bad], [good]), "after_no_token": ([], [])}
     for name, (prefix, banned) in asked.items():
-        columns[name] = {"held_out": evaluate_model(model, tokenizer, prefix, banned, both)}
+        columns[name] = {"held_out": evaluate_model(model, tokenizer, prefix, banned, [good, bad])}
     # [/method]
     share = flops.peak_share(flops_per_token, run.tokens, run.seconds, run.device, run.dtype)
     run.finish(columns, extra={"peak_flops_share": share})

@@ -10,6 +10,7 @@ from pathlib import Path
 from experiments import beds_frontier, study
 from experiments.beds import by_seed, most_common_bed, source_of
 from experiments.effects import Effect, Finding, Goal, beside, paired, unpaired_interval
+from experiments.pareto import OBJECTIVES
 
 # -- point-wise DPO and ULMA, arXiv 2312.02554
 
@@ -215,6 +216,10 @@ def completions_help(results: Path) -> Finding:
 # -- pretraining with human feedback, arXiv 2302.08582
 
 TEXT_KEPT = Goal(above=-0.02)  # log perplexity
+READ_WITHOUT_TOKENS = (
+    "text is read without the control tokens that the model expects between sentences; the paper's measure is "
+    "tasks downstream"
+)
 
 
 def pareto_effects(results: Path) -> tuple[list[dict], Callable]:
@@ -232,7 +237,22 @@ def pareto_finding(lines: list[dict], effects: list[Effect], unfit: str = "") ->
     return Finding(effects, source_of("pareto_toy.jsonl", lines) if lines else "", unfit)
 
 
-ENDS_EARLY = "with both control tokens banned a sample ends after its first sentence, and one d was tried"
+def settings_of(method: str) -> list[str]:
+    """The names of a method's settings on the toy corpus, its default first."""
+    return [name for name in OBJECTIVES["toy"] if name.split(", ")[0] == method]
+
+
+def cheapest(of: Callable, method: str) -> dict[int, float]:
+    """{seed: least KL to the teacher} among a method's settings with at most a tenth of MLE's
+    misalignment; a seed where there is none is left out.
+    """
+    plain, found = of("MLE", "misalignment"), {}
+    for name in settings_of(method):
+        bad, kls = of(name, "misalignment"), of(name, "kl_to_teacher")
+        for seed in kls.keys() & plain.keys():
+            if bad[seed] <= plain[seed] / 10:
+                found[seed] = min(kls[seed], found.get(seed, math.inf))
+    return found
 
 
 def conditional_is_optimal(results: Path) -> Finding:
@@ -240,12 +260,17 @@ def conditional_is_optimal(results: Path) -> Finding:
     lines, of = pareto_effects(results)
     effects = []
     for rival in ("AWR", "RWR"):
-        what = f"KL to the teacher, {rival} - conditional"
-        effects.append(paired(what, of(rival, "kl_to_teacher"), of("conditional", "kl_to_teacher")))
+        what = f"least KL at a tenth of MLE's misalignment, {rival} - conditional"
+        effects.append(paired(what, cheapest(of, rival), cheapest(of, "conditional")))
     for rival in ("AWR", "RWR"):
         sides = of(rival, "misalignment"), of("conditional", "misalignment")
-        effects.append(beside(paired(f"misalignment, {rival} - conditional", *sides)))
-    return pareto_finding(lines, effects, f"{ENDS_EARLY}; the rivals ran at a beta that fits the rewards")
+        effects.append(beside(paired(f"misalignment at the defaults, {rival} - conditional", *sides)))
+    swept = {
+        method: sum(bool(of(name, "kl_to_teacher")) for name in settings_of(method))
+        for method in ("conditional", "AWR", "RWR")
+    }
+    counts = ", ".join(f"{method} {count}" for method, count in swept.items())
+    return pareto_finding(lines, effects, f"settings tried: {counts}" if len(set(swept.values())) > 1 else "")
 
 
 def ten_times_fewer(results: Path) -> Finding:
@@ -261,12 +286,13 @@ def ten_times_fewer(results: Path) -> Finding:
 def capability_kept(results: Path) -> Finding:
     """Claim 19."""
     lines, of = pareto_effects(results)
-    sides = of("MLE", "perplexity_good"), of("conditional", "perplexity_good")
-    what = "log perplexity of good segments, MLE - conditional"
-    effects = [paired(what, *sides, TEXT_KEPT, math.log)]
+    effects = []
+    for name in settings_of("conditional"):
+        sides = of("MLE", "perplexity_good"), of(name, "perplexity_good")
+        effects.append(paired(f"log perplexity of good segments, MLE - {name}", *sides, TEXT_KEPT, math.log))
     kls = of("MLE", "kl_to_teacher"), of("conditional", "kl_to_teacher")
-    effects.append(beside(paired("KL to the teacher, MLE - conditional", *kls)))
-    return pareto_finding(lines, effects, ENDS_EARLY)
+    others = [*effects[1:], paired("KL to the teacher, MLE - conditional", *kls)]
+    return pareto_finding(lines, [effects[0], *map(beside, others)], READ_WITHOUT_TOKENS)
 
 
 def better_from_the_start(results: Path) -> Finding:

@@ -42,7 +42,7 @@ CHAT = (
 TOY = "easy toy, trained questions"
 HACKING = "python -m experiments.reward_hacking --seeds 0 1 2 3 4"
 HACKING_BED = "easy toy, trained on a proxy that pays for length; SuperHF at six priors, PPO at three"
-PARETO = "python -m experiments.pareto --seeds 0 1 2 3 4"
+PARETO = "python -m experiments.pareto"
 PARETO_BED = "toy corpus, 500,000 tokens, a teacher that is itself rude"
 
 
@@ -308,10 +308,9 @@ CLAIMS = {
         beds_toy.conditional_is_optimal,
         {
             UNDECIDED: (
-                "As run it fails: RWR and AWR are as seldom rude for far less KL. But they ran at a beta that "
-                "fits the rewards and it at one d, and with both control tokens banned its samples end after a "
-                "sentence. Documents of many sentences, all methods swept alike and a polite teacher would decide "
-                "it."
+                "As run it fails: RWR and AWR are as seldom rude for far less KL. But conditional training ran at one "
+                "d, and its samples are from when both control tokens were banned. The command sweeps all three "
+                "alike; a polite teacher would be fairer."
             )
         },
     ),
@@ -323,8 +322,8 @@ CLAIMS = {
         beds_toy.ten_times_fewer,
         {
             UNDECIDED: (
-                "Unprompted samples are far more than ten times less often bad. The red team, the other half of "
-                "the claim, was never run."
+                "Unprompted samples are far more than ten times less often bad, though here they are first sentences: "
+                "both control tokens were banned. The red team, the other half of the claim, was never run."
             )
         },
     ),
@@ -337,8 +336,8 @@ CLAIMS = {
         {
             UNDECIDED: (
                 "Perplexity on good segments is higher in every seed, in part where sentences end and a control token "
-                "was expected; a larger d leaves room there and has no result file. Perplexity apart from sentence "
-                "ends would decide it."
+                "was expected; a larger d leaves room there and has no lines yet. Perplexity apart from sentence ends, "
+                "or tasks downstream, would decide it."
             )
         },
     ),

@@ -1,7 +1,7 @@
 """Misalignment against capability: six ways to pretrain on a scored corpus, each from the start and
 each as the second half after plain MLE.
 
-    python -m experiments.pareto                        the toy corpus, three seeds
+    python -m experiments.pareto                        the toy corpus, five seeds
     python -m experiments.pareto --task pep8 --jobs 3   a tiny model on Python's standard library
     python -m experiments.pareto --task pep8 --data code/ --model gpt2-small \\
         --teacher-model gpt2-medium/ --context 1024 --vocabulary 50000 --batch-size 64 --lr 8e-4 \\
@@ -28,17 +28,24 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for python experiments/pareto.py
 
 from experiments import study
+from experiments.beds import source_of
 
-# Objective -> script and its flags, on pep8 the paper's.
+# Objective -> script and its flags, on pep8 the paper's. On the toy those with a setting that
+# trades misalignment for capability run at three values of it: the default, and two more.
 OBJECTIVES = {
     "toy": {
         "MLE": ("mle_pretrain.py", ""),
         "filtering": ("filtered_pretrain.py", ""),
         "conditional": ("conditional_pretrain.py", ""),
+        "conditional, d .1": ("conditional_pretrain.py", "--drop 0.1"),
+        "conditional, d .3": ("conditional_pretrain.py", "--drop 0.3"),
         "unlikelihood": ("unlikelihood_pretrain.py", ""),
         "RWR": ("rwr_pretrain.py", ""),
+        "RWR, beta 1": ("rwr_pretrain.py", "--beta 1"),
         "RWR, beta 10": ("rwr_pretrain.py", "--beta 10"),
         "AWR": ("awr_pretrain.py", ""),
+        "AWR, beta 1": ("awr_pretrain.py", "--beta 1"),
+        "AWR, beta 10": ("awr_pretrain.py", "--beta 10"),
     },
     "pep8": {
         "MLE": ("mle_pretrain.py", ""),
@@ -49,6 +56,7 @@ OBJECTIVES = {
         "AWR": ("awr_pretrain.py", "--alpha 0.05 --beta 1"),
     },
 }
+DEFAULTS = {"MLE", "filtering", "conditional", "conditional, not asked", "unlikelihood", "RWR", "AWR"}
 # What a run is given where the command line says nothing
 SIZES = {
     "toy": {"tokens": 5e5, "context": 64, "samples": 500, "batch_size": 16, "lr": 1e-2},
@@ -75,6 +83,17 @@ METRICS = (
     "sample_tokens",
     "self_bleu",
 )
+# The tables of docs/conditional_pretrain.md: heading -> metric and digits
+PAGE_COLUMNS = {
+    "misalignment": ("misalignment", 4),
+    "expected maximum": ("expected_max", 3),
+    "KL to the teacher, over MLE's": ("over_mle", 1),
+    "perplexity": ("perplexity", 2),
+    "perplexity, good segments": ("perplexity_good", 2),
+    "right facts": ("right_share", 2),
+    "tokens of a sample": ("sample_tokens", 1),
+}
+PAGE_NAMES = {"conditional": "conditional, d .01", "RWR": "RWR, beta .3", "AWR": "AWR, beta .3"}  # defaults
 FACTS = ("git_commit", "device", "threads", "versions", "tokens_per_second", "seconds", "data_sha256")
 KEPT_ARGS = {"tokens", "context", "lr", "batch_size", "alpha", "beta", "drop", "threshold", "threshold_quantile"}
 
@@ -86,7 +105,7 @@ class Args:
     data: str = ""
     """Source folder for pep8; empty: the standard library."""
     seeds: tuple[int, ...] = ()
-    """Seeds; empty: 0 1 2 on the toy, 0 on pep8."""
+    """Seeds; empty: 0 to 4 on the toy, 0 on pep8."""
     tokens: float = 0
     """Training tokens of each run; 0: 5e5 on the toy, 1e6 on pep8."""
     model: str = ""
@@ -104,7 +123,9 @@ class Args:
     samples: int = 0
     """Samples of each model; 0: 500."""
     red_team: int = 0
-    """Rounds in which prompts are sought for each model; 0: none."""
+    """Rounds in which prompts are sought for models of `--red-teamed`; 0: none."""
+    red_teamed: tuple[str, ...] = ("MLE", "conditional")
+    """Methods that are red-teamed, from the start: a round samples as much as twenty end tables."""
     half: bool = True
     """Also the finetuning comparison: half of the tokens MLE, then each objective for the rest."""
     jobs: int = 1
@@ -160,7 +181,8 @@ def flags_of(item: Item, args: Args, runs: Path) -> dict:
     if item.kind in ("teacher", "half"):
         flags["samples"] = 0
     else:
-        flags |= {"teacher": teacher, "red_team": args.red_team}
+        attacked = item.kind == "pretraining" and item.method in args.red_teamed
+        flags |= {"teacher": teacher, "red_team": args.red_team if attacked else 0}
     if item.kind in ("half", "finetuning"):
         flags["tokens"] = sizes["tokens"] / 2
     if item.kind == "finetuning":
@@ -170,14 +192,14 @@ def flags_of(item: Item, args: Args, runs: Path) -> dict:
 
 def rounds_of(args: Args) -> list[list[Item]]:
     """The runs in three rounds, since later ones need earlier ones; the last one's are judged."""
-    seeds = args.seeds or ((0, 1, 2) if args.task == "toy" else (0,))
+    seeds = args.seeds or (range(5) if args.task == "toy" else (0,))
     teachers = [Item("teacher", "MLE", seed) for seed in seeds]
     halves = [Item("half", "MLE", seed) for seed in seeds if args.half]
     judged = []
     for seed in seeds:
         judged += [Item("pretraining", method, seed) for method in OBJECTIVES[args.task]]
         if args.half:
-            judged += [Item("finetuning", method, seed) for method in OBJECTIVES[args.task] if method != "RWR, beta 10"]
+            judged += [Item("finetuning", method, seed) for method in OBJECTIVES[args.task] if ", " not in method]
     return [teachers, halves, judged]
 
 
@@ -249,9 +271,39 @@ def report(lines: list[dict]) -> None:
     study.print_table(["run", *names], rows)
 
 
+def block(results: Path, kind: str) -> str:
+    """A table of docs/conditional_pretrain.md (`python -m tests.pages`): the toy's runs of a kind,
+    mean and standard deviation over seeds, and where they are from.
+
+    KL is the difference to that of the same seed's MLE model from the start, as teachers differ.
+    Raises KeyError where the result file has no such run.
+    """
+    lines = study.read_lines(results / "pareto_toy.jsonl")
+    plain = {line["seed"]: line for line in lines if (line["method"], line["kind"]) == ("MLE", "pretraining")}
+    groups: dict[str, list[dict]] = {}
+    for line in lines:
+        if line["kind"] == kind:
+            over_mle = line["kl_to_teacher"] - plain[line["seed"]]["kl_to_teacher"]
+            groups.setdefault(line["method"], []).append(line | {"over_mle": over_mle})
+    if not groups:
+        raise KeyError(kind)
+    rows = []
+    for method, group in groups.items():
+        asked = next((words for words in COLUMNS.values() if words and method.endswith(words)), "")
+        name = method.removesuffix(asked)
+        cells = []
+        for metric, digits in PAGE_COLUMNS.values():
+            values = [line.get(metric) for line in group]
+            cells.append(study.plus_minus(values, digits).replace("+-", "±") if any(values) else "0")
+        rows.append([PAGE_NAMES.get(name, name) + asked, *cells])
+    seeds = ", ".join(str(seed) for seed in sorted(plain))
+    table = ["| " + " | ".join(row) + " |" for row in (["", *PAGE_COLUMNS], ["---"] * (len(PAGE_COLUMNS) + 1), *rows)]
+    return "\n".join([f"Seeds {seeds}; {source_of('pareto_toy.jsonl', lines)}.", "", *table])
+
+
 def draw(lines: list[dict], axes: list) -> None:
     """Misalignment over both measures of capability: filled from the start, hollow after half of
-    MLE.
+    MLE, small where d or beta is not the default.
     """
     capabilities = {
         "kl_to_teacher": "KL(teacher || model), nats per sequence",
@@ -260,18 +312,19 @@ def draw(lines: list[dict], axes: list) -> None:
     methods = [method for method in dict.fromkeys(line["method"] for line in lines) if method in study.METHODS]
     for axis, (name, label) in zip(axes, capabilities.items()):
         for method in methods:
-            look = study.look_of(method)
+            look, default = study.look_of(method), method in DEFAULTS
             for kind, face in (("pretraining", look["color"]), ("finetuning", "none")):
                 group = [line for line in lines if (line["method"], line["kind"]) == (method, kind)]
                 points = [(line[name], line["misalignment"]) for line in group if line.get(name) is not None]
                 colours = {"facecolors": face, "edgecolors": look["color"]}
-                legend = method if kind == "pretraining" else None
-                axis.scatter(
-                    *(zip(*points) if points else ([], [])), marker=look["marker"], s=36, **colours, label=legend
-                )
+                legend = method if default and kind == "pretraining" else None
+                place = zip(*points) if points else ([], [])
+                axis.scatter(*place, marker=look["marker"], s=36 if default else 12, **colours, label=legend)
         axis.set_xlabel(label)
     axes[0].set_ylabel("misalignment: mean score of samples")
     title = "filled: from the start\nhollow: after MLE"
+    if not DEFAULTS.issuperset(methods):
+        title += "\nsmall: another d or beta"
     axes[1].legend(title=title, loc="upper left", bbox_to_anchor=(1.02, 1))
 
 

@@ -232,8 +232,10 @@ LOOKS = [
 METHODS = {
     **{"DPO": 0, "TYPO": 1, "cDPO": 2, "DPH's LM": 3, "DPH's pick": 12, "IPO": 4, "f-DPO": 5},
     **{"SFT": 7, "point-wise DPO": 10, "ULMA": 11, "SuperHF": 8, "PPO": 9, "best of n": 6},
-    **{"MLE": 0, "filtering": 1, "conditional": 2, "unlikelihood": 3, "RWR": 4, "RWR, beta 10": 5, "AWR": 6},
-    **{"conditional, not asked": 7},
+    **{"MLE": 0, "filtering": 1, "conditional": 2, "unlikelihood": 3, "RWR": 4, "AWR": 6, "conditional, not asked": 7},
+    # Other settings of the same method, drawn small
+    **{"conditional, d .1": 2, "conditional, d .3": 2, "RWR, beta 1": 4, "RWR, beta 10": 4},
+    **{"AWR, beta 1": 6, "AWR, beta 10": 6},
 }
 STYLE = {
     "font.size": 9,

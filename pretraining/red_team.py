@@ -32,7 +32,8 @@ def red_team(
     model, the attacker, is shown `shots` prompts of the pool, drawn without replacement with
     probability proportional to exp(score / .1), and writes the next one; the prompts are joined by
     its EOS, which is how documents stand side by side in its training. It writes at temperature 1
-    and top_p .95, and its first line counts. New prompts are scored and join the pool. A prompt
+    and top_p .95, and its first line counts, without control tokens where it is the model itself,
+    which may write them: nothing is asked of it. New prompts are scored and join the pool. A prompt
     that is longer is cut at half of the model's context, so that there is room to go on.
 
     Args:
@@ -47,7 +48,7 @@ def red_team(
         "new" (prompts added)}; "prompts": the pool as [prompt, score], worst first.
     """
     attacker, writer = (model, tokenizer) if attacker is None else (attacker, attacker_tokenizer)
-    banned_ids = asked.get("control_ids", ()) if attacker is model else ()
+    control_ids = asked.get("control_ids", ()) if attacker is model else ()
     rng, scores, history = random.Random(seed), {}, []
     prompt_tokens = min(prompt_tokens, context_length(model) // 2, context_length(attacker) // 2)
     fresh = sorted(set(pool))
@@ -57,10 +58,9 @@ def red_team(
                 context_of(draw_shown(scores, shots, rng), attacker, writer, prompt_tokens) for _ in range(new_prompts)
             ]
             place = (seed + 100_000 * number, autocast)
-            written = sampling.sample_continuations(
-                attacker, writer, contexts, prompt_tokens, banned_ids, 1.0, 0.95, *place
-            )
-            first_lines = [text.strip().split("\n")[0].strip() for text in sampling.texts_of(writer, written)]
+            written = sampling.sample_continuations(attacker, writer, contexts, prompt_tokens, (), 1.0, 0.95, *place)
+            texts = sampling.texts_of(writer, written, control_ids)
+            first_lines = [text.strip().split("\n")[0].strip() for text in texts]
             fresh = sorted({line for line in first_lines if line and line not in scores})
         if fresh:
             scores |= score_prompts(

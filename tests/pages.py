@@ -9,6 +9,7 @@ A block stands between `<!-- generated: KIND ARGUMENTS -->` and `<!-- /generated
                                       next that begins with "x", or to the end where "x" is left out
     reading NAME                      a block of experiments/reading.py
     chat_model table polite_...       what results/chat_model.jsonl says: experiments/chat_pages.py
+    pareto pretraining                a table of results/pareto_toy.jsonl: experiments/pareto.py
     claims table 1 4                  claims 1 to 4, from the result files: experiments/claims.py
     claims verdicts                   the claims of each verdict
     toy toy_pairs trained "dpo.py"    a table of toy runs: experiments/toy_pages.py
@@ -37,6 +38,7 @@ MADE = {  # kind -> (module of experiments/ that makes its blocks, what lacks on
     "chat_model": ("chat_pages", "results/chat_model.jsonl", False),
     "claims": ("claims", "experiments/claims.py", True),
     "frontier": ("frontier_pages", "experiments/frontier_pages.py", False),
+    "pareto": ("pareto", "results/pareto_toy.jsonl", True),
     "toy": ("toy_pages", "results/{}.json", True),
 }
 

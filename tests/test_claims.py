@@ -458,6 +458,32 @@ def test_the_red_team_is_half_of_the_claim(tmp_path):
     assert CLAIMS[20].finding(tmp_path).verdict == HOLDS  # late feedback leaves more bad samples
 
 
+def test_rivals_of_conditional_training_are_compared_at_their_cheapest_setting(tmp_path):
+    """A setting counts with a tenth of MLE's misalignment only, and of those that do the one with
+    the least KL in each seed.
+    """
+    runs = {  # KL and misalignment, by seed
+        "MLE": ([1.0, 1.0, 1.0], [0.2, 0.2, 0.2]),
+        "conditional": ([5.0, 5.0, 5.0], [0.0, 0.0, 0.0]),
+        "conditional, d .3": ([2.0, 3.0, 2.5], [0.0, 0.02, 0.03]),  # the third is above a tenth
+        "conditional, asked for bad": ([0.0, 0.0, 0.0], [0.0, 0.0, 0.0]),
+        "RWR": ([9.0, 9.1, 9.2], [0.01, 0.01, 0.01]),
+        "RWR, beta 10": ([1.0, 1.0, 1.0], [0.19, 0.19, 0.19]),
+        "AWR": ([4.0, 4.0, 4.0], [0.0, 0.0, 0.1]),  # none left in the third
+    }
+    lines = [
+        {"kind": "pretraining", "method": method, "seed": seed, "kl_to_teacher": kl, "misalignment": bad}
+        for method, sides in runs.items()
+        for seed, (kl, bad) in enumerate(zip(*sides))
+    ]
+    lines_file(tmp_path, [line | {"git_commit": "c" * 40, "versions": None} for line in lines], "pareto_toy.jsonl")
+    awr, rwr, *_ = CLAIMS[17].finding(tmp_path).effects
+    assert list(awr.values.values()) == pytest.approx([2.0, 1.0])
+    assert list(rwr.values.values()) == pytest.approx([7.0, 6.1, 4.2])
+    assert (awr.verdict, rwr.verdict) == (UNDECIDED, HOLDS)
+    assert CLAIMS[17].finding(tmp_path).unfit == "settings tried: conditional 2, AWR 1, RWR 2"
+
+
 # -- the command line, and contrastive DPH against cDPO
 
 

@@ -5,6 +5,7 @@ collecting of runs into a result file.
 import json
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -135,9 +136,11 @@ def test_methods_can_be_told_apart_in_grey():
         assert len({str(look[name]) for look in study.LOOKS}) == len(study.LOOKS)
     # On white paper.
     assert max(luminance(look["color"]) for look in study.LOOKS) < 0.75
-    families = [(*frontier.METHODS, "IPO", "f-DPO"), tuple(pareto.OBJECTIVES["toy"])]
+    families = [(*frontier.METHODS, "IPO", "f-DPO"), tuple(pareto.DEFAULTS)]
     for names in families:
         assert len({study.METHODS[name] for name in names}) == len(names)
+    for name in pareto.OBJECTIVES["toy"]:  # settings of one method look alike
+        assert study.METHODS[name] == study.METHODS[name.split(", ")[0]]
 
 
 def test_a_figure_names_its_axes(tmp_path):
@@ -265,7 +268,7 @@ def test_both_ways_to_start_an_experiment(path, tmp_path):
 
 
 def test_runs_of_the_pareto_experiment_build_on_each_other(tmp_path):
-    args = pareto.Args(task="pep8", tokens=1000, seeds=(0, 1))
+    args = pareto.Args(task="pep8", tokens=1000, seeds=(0, 1), red_team=3)
     teachers, halves, judged = pareto.rounds_of(args)
     folders = [item.folder(tmp_path) for item in (*teachers, *halves, *judged)]
     assert len(set(folders)) == len(folders) == 2 * (1 + 1 + 6 + 6)
@@ -276,8 +279,54 @@ def test_runs_of_the_pareto_experiment_build_on_each_other(tmp_path):
         assert flags["tokens"] == (1000 if item.kind == "pretraining" else 500)
         assert flags.get("init") == (half if item.kind == "finetuning" else None)
         assert flags["model"] == tmp_path / "model"
+        assert flags["red_team"] == (3 if item.method in ("MLE", "conditional") and item.kind == "pretraining" else 0)
     assert pareto.flags_of(teachers[0], args, tmp_path)["model"] == tmp_path / "teacher"
     assert pareto.flags_of(halves[0], args, tmp_path)["tokens"] == 500
+
+
+def test_methods_of_the_pareto_experiment_are_swept_alike():
+    """Three settings of each that has one from the start, its default alone after half of MLE."""
+    *_, judged = pareto.rounds_of(pareto.Args())
+    assert sorted({item.seed for item in judged}) == [0, 1, 2, 3, 4]
+    first = [item for item in judged if item.seed == 0]
+    counts = {
+        kind: Counter(x.method.split(", ")[0] for x in first if x.kind == kind)
+        for kind in ("pretraining", "finetuning")
+    }
+    assert counts["pretraining"] == {"MLE": 1, "filtering": 1, "unlikelihood": 1, "conditional": 3, "RWR": 3, "AWR": 3}
+    assert counts["finetuning"] == dict.fromkeys(counts["pretraining"], 1)
+
+
+def test_the_table_of_the_pareto_experiment(tmp_path):
+    """KL is over that of the same seed's MLE model, and settings have names as on the page."""
+    lines = [
+        {
+            "method": method,
+            "kind": "pretraining",
+            "seed": seed,
+            "kl_to_teacher": kl,
+            "misalignment": bad,
+            "versions": None,
+        }
+        for method, bad, kls in (
+            ("MLE", 0.25, (10.0, 20.0)),
+            ("conditional", 0.0, (12.0, 24.0)),
+            ("conditional, asked for bad", 0.5, (13.0, 23.0)),
+            ("AWR, beta 1", 0.0, (9.0, 19.0)),
+        )
+        for seed, kl in enumerate(kls)
+    ]
+    study.write_lines(tmp_path / "pareto_toy.jsonl", lines)
+    source, _, heads, _, *rows = pareto.block(tmp_path, "pretraining").splitlines()
+    assert source.startswith("Seeds 0, 1; `results/pareto_toy.jsonl`")
+    place = heads.split(" | ").index("KL to the teacher, over MLE's")
+    cells = [row.strip("| ").split(" | ") for row in rows]
+    assert [(row[0], row[1], row[place]) for row in cells] == [
+        ("MLE", "0.2500 ± 0.0000", "0"),
+        ("conditional, d .01", "0", "3.0 ± 1.4"),
+        ("conditional, d .01, asked for bad", "0.5000 ± 0.0000", "3.0 ± 0.0"),
+        ("AWR, beta 1", "0", "-1.0 ± 0.0"),
+    ]
 
 
 def test_answers_are_grouped_by_question():

@@ -222,7 +222,8 @@ def test_of_two_functions_the_changed_lines_alone_are_shown(small):
         ("code three.py main", "there is no three.py"),
         ('code one.py main "while"', "one.py has no line there that begins with 'while'"),
         ("toy toy_pairs facts", "results/toy_pairs.json has no toy_pairs.json"),
-        ("quote one.py", "'quote' is none of diff, code, reading, chat_model, claims, frontier, toy"),
+        ("pareto teacher", "results/pareto_toy.jsonl has no teacher"),
+        ("quote one.py", "'quote' is none of diff, code, reading, chat_model, claims, frontier, pareto, toy"),
     ],
 )
 def test_what_is_not_there_is_named(small, mark, words):

@@ -25,7 +25,7 @@ import torch
 from common import generate
 from common import models as loading
 from common import run as runs
-from pretraining import baseline, corpus, evaluate, scorers
+from pretraining import baseline, corpus, evaluate, sampling, scorers
 from pretraining import models as pretrained
 from report import curves
 from tests import models, packing
@@ -555,10 +555,9 @@ def test_a_value_head_goes_on_where_it_was(tmp_path, short_toy):
 
 
 @pytest.mark.parametrize("task", ["toy", "pep8"])
-def test_inference_starts_from_the_good_token_and_bans_what_it_must(task, tmp_path, short_toy, monkeypatch):
-    """Text: both control tokens are banned.
-
-    Code: the model goes on to write the token that it was given, and only the other one is banned.
+def test_inference_starts_from_the_token_asked_for_and_bans_the_other(task, tmp_path, short_toy, monkeypatch):
+    """On text as on code the model goes on to write the token that it was given; where it was
+    given none, nothing is banned.
     """
     asked, module = [], MODULES["conditional_pretrain"]
 
@@ -581,8 +580,32 @@ def test_inference_starts_from_the_good_token_and_bans_what_it_must(task, tmp_pa
         vocabulary=300,
     )
     good, bad = module.GOOD, module.BAD
-    banned = {"toy": ([good, bad], [good, bad]), "pep8": ([bad], [good])}[task]
-    assert asked == [[[good], banned[0], [good, bad]], [[bad], banned[1], [good, bad]], [[], [good, bad], [good, bad]]]
+    assert asked == [[[good], [bad], [good, bad]], [[bad], [good], [good, bad]], [[], [], [good, bad]]]
+
+
+def test_a_sample_asked_for_good_holds_good_tokens_alone_and_its_text_none(tmp_path, short_toy, monkeypatch):
+    """The script's own samples: those asked for good never hold <|bad|>, those asked for bad never
+    <|good|>, and those of which nothing was asked may hold both. Texts are scored without either.
+    """
+    module, drawn, scored = MODULES["conditional_pretrain"], [], []
+    draw, rudeness = sampling.sample_unconditional, toy_documents.rudeness
+
+    def keep(*args, **words):
+        drawn.append(draw(*args, **words))
+        return drawn[-1]
+
+    monkeypatch.setattr(sampling, "sample_unconditional", keep)
+    monkeypatch.setattr(toy_documents, "rudeness", lambda text: scored.append(text) or rudeness(text))
+    train("conditional_pretrain", tmp_path / "run", max_steps=40, samples=50)
+    tokenizer = loading.load_tokenizer(str(tmp_path / "run"))
+    held = [{tokenizer.convert_ids_to_tokens(i) for ids in samples for i in ids} for samples in drawn]
+    assert [(module.GOOD in tokens, module.BAD in tokens) for tokens in held] == [
+        (True, False),
+        (False, True),
+        (True, True),
+    ]
+    assert len(scored) >= 150
+    assert not any(module.GOOD in text or module.BAD in text for text in scored)
 
 
 def test_a_control_token_in_a_text_stays_text(tmp_path):

@@ -80,11 +80,25 @@ METHODS = [
         PRETRAIN + "test_rows_of_new_tokens_are_the_mean_of_the_old_ones_and_a_little_noise",
     ),
     Mutant(
-        "both control tokens banned on code",
+        "both control tokens banned",
         ("conditional_pretrain.py",),
-        'asked |= {"after": ([good], [bad])',
-        'asked |= {"after": ([good], both)',
-        PRETRAIN + "test_inference_starts_from_the_good_token_and_bans_what_it_must",
+        'asked = {"after": ([good], [bad])',
+        'asked = {"after": ([good], [good, bad])',
+        PRETRAIN + "test_a_sample_asked_for_good_holds_good_tokens_alone_and_its_text_none",
+    ),
+    Mutant(
+        "a control token banned where none is asked for",
+        ("conditional_pretrain.py",),
+        '"after_no_token": ([], [])',
+        '"after_no_token": ([], [bad])',
+        PRETRAIN + "test_inference_starts_from_the_token_asked_for_and_bans_the_other",
+    ),
+    Mutant(
+        "control tokens in the red team's prompts",
+        ("pretraining/red_team.py",),
+        "sampling.texts_of(writer, written, control_ids)",
+        "sampling.texts_of(writer, written)",
+        SAMPLES + "test_red_team_of_a_model_by_itself",
     ),
 ]
 
