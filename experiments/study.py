@@ -5,11 +5,13 @@ finished run is never made again: its folder, or its line in a result file, is l
 """
 
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -152,6 +154,46 @@ def plus_minus(values: list[float | None], digits: int = 2) -> str:
     return f"{mean:.{digits}f}" + ("" if std is None else f" +- {std:.{digits}f}")
 
 
+def mean_and_interval(values: list[float | None]) -> tuple[float | None, float | None]:
+    """Mean of the values that are not None, and half the width of its 95% interval by Student's t:
+    t(.975, n - 1) * s / sqrt(n). None where too few are left.
+
+    The interval says where the mean over all seeds lies, if their values are normal.
+    """
+    mean, std = mean_and_std(values)
+    n = sum(value is not None for value in values)
+    return mean, None if std is None else t_quantile(n - 1) * std / math.sqrt(n)
+
+
+@cache
+def t_quantile(df: int) -> float:
+    """The .975 quantile of Student's t with a whole number of degrees of freedom, 1 or more, by
+    bisection of its distribution function (Abramowitz and Stegun, 26.7.3 and 26.7.4).
+    """
+    low, high = 0.0, 13.0  # 12.7 at one degree of freedom
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if central_share(middle, df) < 0.95 else (low, middle)
+    return (low + high) / 2
+
+
+def central_share(t: float, df: int) -> float:
+    """P(-t < T < t) for Student's t with `df` degrees of freedom."""
+    angle = math.atan(t / math.sqrt(df))
+    term, total = math.cos(angle) if df % 2 else 1.0, 0.0
+    for k in range(df % 2 + 1, df, 2):  # cos^(k - 1) with its coefficient, so many as df asks for
+        total += term
+        term *= math.cos(angle) ** 2 * k / (k + 1)
+    series = math.sin(angle) * total
+    return series if df % 2 == 0 else 2 / math.pi * (angle + series)
+
+
+def interval_cell(values: list[float | None], digits: int = 2) -> str:
+    """A cell of a table: "mean ± half width of the 95% interval", "-" where there is no value."""
+    mean, half = mean_and_interval(values)
+    return "-" if mean is None else f"{mean:.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
+
+
 def print_table(heads: list[str], rows: list[list], title: str = "") -> None:
     """Prints a table as wide as its cells, the first column on the left and the others on the
     right.
@@ -166,7 +208,8 @@ def print_table(heads: list[str], rows: list[list], title: str = "") -> None:
 
 # -- figures
 
-# Okabe and Ito's colours, which colour-blind readers tell apart; mark and dashes do it in grey.
+# Okabe and Ito's colours and some of Paul Tol's, which colour-blind readers tell apart; mark and
+# dashes do it in grey.
 LOOKS = [
     {"color": colour, "marker": mark, "linestyle": dashes}
     for colour, mark, dashes in (
@@ -178,12 +221,17 @@ LOOKS = [
         ("#56B4E9", "P", (0, (3, 1, 1, 1))),
         ("#000000", "X", (0, (1, 1))),
         ("#8C564B", "*", (0, (7, 2, 2, 2))),
+        ("#332288", "<", (0, (4, 2))),
+        ("#882255", ">", (0, (6, 2, 1, 2))),
+        ("#117733", (4, 1), (0, (2, 1))),
+        ("#999933", "p", (0, (8, 1))),
+        ("#AA4499", "d", (0, (5, 2, 1, 2, 1, 2))),
     )
 ]
 # The place of each method's look; a method has the same one in all figures.
 METHODS = {
-    **{"DPO": 0, "TYPO": 1, "cDPO": 2, "DPH's LM": 3, "IPO": 4, "f-DPO": 5},
-    **{"SuperHF": 0, "PPO": 1},
+    **{"DPO": 0, "TYPO": 1, "cDPO": 2, "DPH's LM": 3, "DPH's pick": 12, "IPO": 4, "f-DPO": 5},
+    **{"SFT": 7, "point-wise DPO": 10, "ULMA": 11, "SuperHF": 8, "PPO": 9, "best of n": 6},
     **{"MLE": 0, "filtering": 1, "conditional": 2, "unlikelihood": 3, "RWR": 4, "RWR, beta 10": 5, "AWR": 6},
     **{"conditional, not asked": 7},
 }
