@@ -345,7 +345,7 @@ def best_possible(rewards: torch.Tensor) -> list[list[float]]:
 
 
 def best_at(curve: list[list[float]], kl: float) -> float | None:
-    """The best possible reward at a KL, on lines between the curve's points; None beyond its end."""
+    """The best possible reward at a KL, linear between the curve's points; None beyond its end."""
     for (low, below), (high, above) in pairwise(curve):
         if low <= kl <= high:
             return below + (above - below) * (kl - low) / max(1e-12, high - low)
