@@ -60,7 +60,7 @@ def opening_of(tokenizer, text: str, count: int) -> str | None:
     """The beginning of a text that is `count` tokens long, the tokenizer's own special ones
     included; None where those do not end with a word, or would be other tokens by themselves.
     """
-    ids = tokenizer(text[: 40 * count]).input_ids[:count]  # a few characters a token
+    ids = tokenizer(text[: 12 * count]).input_ids[:count]  # a token has a few characters
     opening = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     ends_inside = text[len(opening) :][:1].isalnum()
     if not text.startswith(opening) or ends_inside or tokenizer(opening).input_ids != ids or len(ids) < count:
