@@ -337,16 +337,17 @@ def best_possible(rewards: torch.Tensor) -> list[list[float]]:
     curve = [[0.0, rewards.mean().item()]]
     for beta in torch.logspace(1.5, -2, 71, dtype=torch.float64):
         weights = (rewards.double() / beta).softmax(-1)  # [openings, n]
-        if (1 / weights.square().sum(-1)).mean() < EFFECTIVE:
+        kl, best = (values.item() for values in world.frontier(rewards, beta[None]))
+        # It may end before, where every opening has its best answer.
+        if (1 / weights.square().sum(-1)).mean() < EFFECTIVE or kl <= curve[-1][0]:
             break
-        kls, best = world.frontier(rewards, beta[None])
-        curve.append([kls.item(), best.item()])
+        curve.append([kl, best])
     return curve
 
 
 def best_at(curve: list[list[float]], kl: float) -> float | None:
     """The best possible reward at a KL, linear between the curve's points; None beyond its end."""
-    for (low, below), (high, above) in pairwise(curve):
+    for (low, below), (high, above) in pairwise([curve[0], *curve]):
         if low <= kl <= high:
             return below + (above - below) * (kl - low) / max(1e-12, high - low)
     return None

@@ -184,7 +184,7 @@ def test_the_best_possible_curve_of_a_small_distribution():
     curve = sentiment.best_possible(rewards)
     assert curve[0] == [0, pytest.approx((p * r).sum().item())]
     assert curve == sorted(curve)
-    for beta in (10, 1, 0.5, 0.2):
+    for beta in (3, 1, 0.5, 0.2):
         q = (p.log() + r / beta).softmax(0)
         kl, reward = (q * (q / p).log()).sum().item(), (q * r).sum().item()
         assert sentiment.best_at(curve, kl) == pytest.approx(reward, abs=2e-3)
@@ -193,6 +193,8 @@ def test_the_best_possible_curve_of_a_small_distribution():
     assert sentiment.best_at(curve, math.log(8) + 0.1) is None
     assert sentiment.share_of_gain(3.0, 1.5, curve) is None
     assert sentiment.share_of_gain(0.005, 1.5, curve) is None
+    assert sentiment.best_possible(torch.zeros(2, 64)) == [[0, 0]]
+    assert sentiment.best_at([[0, 0.3]], 0) == 0.3
     half = (sentiment.best_at(curve, 1.0) + curve[0][1]) / 2
     assert sentiment.share_of_gain(1.0, half, curve) == pytest.approx(0.5)
 

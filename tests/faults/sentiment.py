@@ -22,8 +22,8 @@ TABLE = [
     Mutant(
         "the best possible curve goes on where one sample carries it",
         (STUDY,),
-        "if (1 / weights.square().sum(-1)).mean() < EFFECTIVE:",
-        "if (1 / weights.square().sum(-1)).mean() < 1:",
+        "if (1 / weights.square().sum(-1)).mean() < EFFECTIVE or",
+        "if (1 / weights.square().sum(-1)).mean() < 1 or",
         TEST + "test_the_curve_ends_where_few_samples_carry_it",
     ),
     Mutant(
