@@ -110,7 +110,7 @@ class Args:
     epochs: float = 2.0
     """Passes over pairs and labelled continuations."""
     lr: float | None = None
-    """Learning rate of all methods; None: 1e-3 for models below 5 M parameters, else 1e-5."""
+    """Learning rate of all methods; None: 3e-4 for models below 5 M parameters, else 1e-5."""
     jobs: int = 1
     """Runs side by side, one thread each."""
     runs: str = "runs/sentiment"
@@ -188,7 +188,7 @@ def prepare(args: Args) -> None:
     _, pool = split_openings(args, tokenizer)
     model = load_policy(args.model, tokenizer)
     length_limit(args.prompt_tokens + args.new_tokens, model)
-    args.lr = args.lr or (1e-3 if is_tiny(model) else 1e-5)
+    args.lr = args.lr or (3e-4 if is_tiny(model) else 1e-5)
     for seed in args.seeds:
         folder = sentiment_rows.folder_of(args.runs, settings_of(args), seed)
         if sentiment_rows.facts_of(folder) is None:

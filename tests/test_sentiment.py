@@ -312,7 +312,7 @@ def test_a_small_run_of_the_grid(preference_data, tmp_path, capsys):
     places = {"model": str(preference_data / STORIES), "prompts": str(preference_data / TEXTS)}
     args = sentiment.Args(**places, **sizes, runs=str(tmp_path / "rows"), extra="--max-steps 2")
     sentiment.prepare(args)
-    assert args.lr == 1e-3  # of a tiny model
+    assert args.lr == 3e-4  # of a tiny model
     lines = []
     for key in ((sentiment.BASE, 0, 0), ("DPO", 0.1, 0)):
         args.work = json.dumps(key)
