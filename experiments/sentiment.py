@@ -78,6 +78,7 @@ METHODS = {
 }
 BASE, HEAD_LM = "base model", "DPH's LM"  # runs whose lines hold the points of "best of n" and "DPH's pick"
 COLUMNS = ("kl", "true_reward", "share")
+HEADS = ["method", "setting", "seeds", "KL, nats", "true reward", "share of the best possible gain"]
 EFFECTIVE = 10  # samples that must carry the weight of the best possible curve
 SHOWN = 4  # continuations that a line keeps to read
 TICKS = (0, 0.1, 0.5, 1, 2, 3, 5, 7, 10, 15, 20, 30, 40, 60, 80, 120)
@@ -140,6 +141,8 @@ def check(args: Args) -> None:
     for name, least in (("prompt_tokens", 2), ("new_tokens", 1), ("train_prompts", 1), ("test_prompts", 1)):
         if getattr(args, name) < least:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {least} or more.")
+    if args.lr is not None and not 0 < args.lr < float("inf"):
+        raise InputError(f"--lr {args.lr}: expected a positive number.")
     if args.answers < 2:
         raise InputError(f"--answers {args.answers}: expected 2 or more, of which pairs are made.")
     vader_reward("experiments/sentiment.py")
@@ -315,7 +318,7 @@ def main(args: Args) -> None:
     words = [*study.words_of(flags), f"--extra={args.extra}"]
     lines = study.complete(path, grid_of(args), key_of, __file__, words, args.jobs, describe)
     points, curves = points_of(lines, args.methods), curves_of(lines)
-    report(points)
+    study.print_table(HEADS, table_rows(points), "Unseen openings, mean and 95% interval over seeds")
     if curves:
         study.draw_figure(path.with_suffix(".png"), partial(draw, points, curves), size=(9.6, 5.6))
 
@@ -386,14 +389,16 @@ def curves_of(lines: list[dict]) -> dict[int, list[list[float]]]:
     return {line["seed"]: line["curve"] for line in lines if line["method"] == BASE}
 
 
-def report(points: list[dict]) -> None:
-    """The table over seeds, a line a method and value."""
+def table_rows(points: list[dict]) -> list[list]:
+    """The table over seeds, a line a method and value, below HEADS; no share of the gain where the
+    curve of one of them does not reach so far.
+    """
     rows = []
     for (name, value), group in frontier.groups_of(points).items():
-        cells = [study.interval_cell([point[column] for point in group]) for column in COLUMNS]
+        columns = [[point[column] for point in group] for column in COLUMNS]
+        cells = [study.interval_cell([] if None in values else values) for values in columns]
         rows.append([name, setting_of(name, value), len(group), *cells])
-    heads = ["method", "setting", "seeds", "KL, nats", "true reward", "share of the best gain"]
-    study.print_table(heads, rows, "Unseen openings, mean and 95% interval over seeds")
+    return rows
 
 
 def setting_of(name: str, value: float) -> str:

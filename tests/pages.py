@@ -10,6 +10,7 @@ A block stands between `<!-- generated: KIND ARGUMENTS -->` and `<!-- /generated
     chat_model table polite_...       what results/chat_model.jsonl says: experiments/chat_pages.py
     claims table 1 4                  claims 1 to 4, from the result files: experiments/claims.py
     claims verdicts                   the claims of each verdict
+    sentiment table MODEL             of results/sentiment_MODEL.jsonl: sentiment_pages.py there
 """
 
 import ast
@@ -161,8 +162,15 @@ def block(root: Path, words: str) -> str:
             return claims.block(root / "results", *arguments)
         except KeyError as error:
             raise Unknown(f"experiments/claims.py has no {error.args[0]}") from None
+    if kind == "sentiment":
+        from experiments import sentiment_pages
+
+        try:
+            return sentiment_pages.block(*arguments)
+        except KeyError as error:
+            raise Unknown(f"experiments/sentiment_pages.py has no {error.args[0]}") from None
     if kind not in {"diff", "code"}:
-        raise Unknown(f"{kind!r} is none of diff, code, reading, chat_model, claims")
+        raise Unknown(f"{kind!r} is none of diff, code, reading, chat_model, claims, sentiment")
     return {"diff": diff, "code": code}[kind](root, *arguments)
 
 

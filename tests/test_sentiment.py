@@ -14,11 +14,12 @@ import torch
 from common import InputError, data
 from common.generate import sample
 from common.models import load_model, load_tokenizer
-from experiments import policies, sentiment, sentiment_rows, study
+from experiments import policies, sentiment, sentiment_pages, sentiment_rows, study
 from experiments.sentiment_rows import Continuation
 from rewards.models import load_reward
 from rewards.sentiment import vader_reward
-from tests import models
+from tests import models, pages
+from tests.house import ROOT
 from tests.runs import lines_file
 
 STORIES, TEXTS = "models/stories260K", "text/tinystories_1000.txt.gz"
@@ -220,6 +221,7 @@ def test_the_curve_ends_where_few_samples_carry_it():
         ({"seeds": ()}, "--seeds: expected different numbers, got none"),
         ({"judged": 8}, "--judged 8: expected 16 or more"),
         ({"bank": 32}, "--bank 32: expected 64 or more"),
+        ({"lr": -1.0}, "--lr -1.0: expected a positive number"),
         ({"answers": 1}, "--answers 1: expected 2 or more"),
         ({"prompt_tokens": 1}, "--prompt-tokens 1: expected 2 or more"),
     ],
@@ -266,7 +268,34 @@ def test_points_come_of_lines_with_their_share_of_the_gain():
     assert by_key["DPO", 1, 1]["share"] is None  # a KL of 2 is beyond the curve
     alone = [line for line in lines if (line["method"], line["seed"]) != (sentiment.BASE, 1)]
     assert {point["seed"] for point in sentiment.points_of(alone, ("DPO",))} == {0}
-    sentiment.report(points)
+    rows = sentiment.table_rows(points)
+    assert len(rows) == 9 * 3 + 2
+    assert next(row for row in rows if row[:2] == ["DPO", "beta 1"])[2:] == [2, "1.50 ± 6.35", "0.71 ± 0.00", "-"]
+
+
+def test_pages_show_the_table_and_what_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(sentiment_pages, "RESULTS", tmp_path)
+    assert pages.block(ROOT, "sentiment table m") == "No run is kept yet."
+    lines = [
+        line
+        | {"git_commit": "0123456789", "versions": {"torch": "2.x"}, "device": "a CPU"}
+        | {"samples": [["One", text]]}
+        for line, text in zip(lines_of_a_grid(), (f" text {i} | of it" for i in range(100)))
+    ]
+    study.write_lines(tmp_path / "sentiment_m.jsonl", lines)
+    table = pages.block(ROOT, "sentiment table m")
+    assert table.startswith("| method | setting | seeds |")
+    assert "| base model |  | 2 | 0.00 | 0.70 ± 0.00 |" in table
+    assert "| DPO | beta 1 | 2 | 1.50 ± 6.35 | 0.71 ± 0.00 | - |" in table
+    assert table.endswith(
+        "52 runs; the best possible curve is known up to a KL of 1.5; commit 0123456; torch 2.x; a CPU."
+    )
+    samples = pages.block(ROOT, "sentiment samples m")
+    assert samples.startswith('Behind "One":')
+    number = [(line["method"], line["value"]) for line in lines].index(("DPO", 1))  # the largest reward
+    assert f"| DPO | 1 | 1.0 | text {number} \\| of it |" in samples
+    with pytest.raises(pages.Unknown, match="has no other"):
+        pages.block(ROOT, "sentiment other m")
 
 
 def test_the_picture_is_drawn_of_lines_alone(tmp_path):
