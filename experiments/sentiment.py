@@ -288,7 +288,7 @@ def make_run(name: str, value: float, seed: int, args: Args) -> dict:
     flags |= {"max_length": args.prompt_tokens + args.new_tokens, "max_new_tokens": args.new_tokens}
     flags |= {"kl_samples": 0, "eval_every": 10**6, "save_every": 10**6}
     if method.rows == "prompts":
-        flags["reward"] = "vader"
+        flags |= {"reward": "vader", "max_length": flags["max_length"] + 1}  # it must exceed prompt and answer here
     with tempfile.TemporaryDirectory() as folder:
         summary = study.train(method.script, f"{folder}/run", flags | method.flags | {knob: value}, args.extra)
         line |= {name: summary[name] for name in ("steps", "seconds")}

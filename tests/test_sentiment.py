@@ -343,12 +343,13 @@ def test_a_small_run_of_the_grid(preference_data, tmp_path, capsys):
     sentiment.prepare(args)
     assert args.lr == 3e-4  # of a tiny model
     lines = []
-    for key in ((sentiment.BASE, 0, 0), ("DPO", 0.1, 0)):
+    for key in ((sentiment.BASE, 0, 0), ("DPO", 0.1, 0), ("SuperHF", 0.05, 0)):
         args.work = json.dumps(key)
         sentiment.main(args)
         lines.append(json.loads(capsys.readouterr().out.strip().splitlines()[-1]))
-    base, dpo = lines
-    assert base["settings"] == dpo["settings"] == sentiment.settings_of(args)
+    base, dpo, superhf = lines
+    assert base["settings"] == dpo["settings"] == superhf["settings"] == sentiment.settings_of(args)
+    assert superhf["steps"] == 2  # its four prompts were used, so there was room behind them
     assert (dpo["method"], dpo["value"], dpo["seed"], dpo["steps"]) == ("DPO", 0.1, 0, 2)
     assert dpo["kl"] > 0.01
     assert -2 <= dpo["true_reward"] <= 2
