@@ -441,7 +441,7 @@ def draw_best_possible(axis, curves: dict) -> None:
     best = [sum(best_at(curve, kl) for curve in curves.values()) / len(curves) for kl in kls]
     axis.plot(kls, best, color="black", linewidth=1.4)
     where = {"textcoords": "offset points", "fontsize": 8, "color": "0.35"}
-    axis.annotate("best possible, as far as\nthe samples tell", (kls[-1], best[-1]), (4, 4), **where)
+    axis.annotate("best possible, as far as\nthe samples tell", (kls[-1], best[-1]), (8, -8), **where)
     line = {"arrowstyle": "-", "color": "0.5", "linewidth": 0.7}
     axis.annotate("base model", (0, best[0]), (12, -16), **where, arrowprops=line)
 
