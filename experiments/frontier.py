@@ -236,7 +236,8 @@ def draw(points: list[dict], axes: list) -> None:
     # Small gains grow with the root of the KL, so on this axis every curve begins straight.
     axis.set_xscale("function", functions=(lambda x: x.clip(0) ** 0.5, lambda x: x**2))
     axis.set_xlim(0, longest)
-    axis.set_ylim(top=1.6)
+    # One collapsed run can make an interval longer than all else: it is cut at the border.
+    axis.set_ylim(min(0, *(reward[0] for _, reward, _ in means.values())) - 0.35, 1.6)
     axis.set_xticks([tick for tick in TICKS if tick < axis.get_xlim()[1]])
     axis.xaxis.set_major_formatter("{x:g}")
     axis.set_xlabel("KL(policy || base model), nats per answer (axis: square root)")
@@ -257,8 +258,10 @@ def draw_method(axis, name: str, cells: list) -> None:
     axis.plot(kls, rewards, color=look["color"], linewidth=1, alpha=0.5)
     for kl, kl_half, reward, reward_half in zip(kls, kl_halves, rewards, reward_halves):
         if kl_half is not None:
-            axis.plot([max(0, kl - kl_half), kl + kl_half], [reward] * 2, color=look["color"], linewidth=0.7)
-            axis.plot([kl] * 2, [reward - reward_half, reward + reward_half], color=look["color"], linewidth=0.7)
+            axis.plot([max(0, kl - kl_half), kl + kl_half], [reward] * 2, color=look["color"], linewidth=0.8, alpha=0.6)
+            axis.plot(
+                [kl] * 2, [reward - reward_half, reward + reward_half], color=look["color"], linewidth=0.8, alpha=0.6
+            )
     axis.scatter(kls, rewards, **mark_of(name), zorder=3)
 
 
@@ -272,7 +275,7 @@ def mark_of(name: str) -> dict:
 
 def draw_legends(axis, names: set[str]) -> None:
     """Beside the panel, the methods by what they see."""
-    kinds = {"learn from labels": (1.02, False), "see the true reward": (0.55, True)}
+    kinds = {"learn from labels": (1.02, False), "see the true reward": (0.6, True)}
     for title, (top, sees) in kinds.items():
         shown = [name for name in METHODS if name in names and (name in SEE_REWARD) == sees]
         handles = [axis.scatter([], [], **mark_of(name), label=legend_of(name)) for name in shown]
