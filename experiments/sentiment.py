@@ -319,7 +319,7 @@ def main(args: Args) -> None:
     lines = study.complete(path, grid_of(args), key_of, __file__, words, args.jobs, describe)
     points, curves = points_of(lines, args.methods), curves_of(lines)
     study.print_table(HEADS, table_rows(points), "Unseen openings, mean and 95% interval over seeds")
-    if curves:
+    if points:
         study.draw_figure(path.with_suffix(".png"), partial(draw, points, curves), size=(9.6, 5.6))
 
 
@@ -425,6 +425,8 @@ def draw(points: list[dict], curves: dict, axes: list) -> None:
     # Small gains grow with the root of the KL, so on this axis the curve begins straight.
     axis.set_xscale("function", functions=(lambda x: x.clip(0) ** 0.5, lambda x: x**2))
     axis.set_xlim(0, longest)
+    # One collapsed run can make an interval longer than all else: it is cut at the border.
+    axis.set_ylim(min(reward[0] for settings in cells.values() for _, reward, _ in settings) - 0.3, 2.05)
     axis.set_xticks([tick for tick in TICKS if tick < longest])
     axis.xaxis.set_major_formatter("{x:g}")
     axis.set_xlabel("KL(policy || base model), nats per continuation (axis: square root)")
