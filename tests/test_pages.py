@@ -212,7 +212,7 @@ def test_code_is_shown_without_its_docstring_or_from_line_to_line(small):
         ("code one.py two_loss", "one.py has no two_loss"),
         ("code three.py main", "there is no three.py"),
         ('code one.py main "while"', "one.py has no line there that begins with 'while'"),
-        ("quote one.py", "'quote' is none of diff, code, reading, chat_model, claims"),
+        ("quote one.py", "'quote' is none of diff, code, reading, chat_model, claims, sentiment"),
     ],
 )
 def test_what_is_not_there_is_named(small, mark, words):
