@@ -490,7 +490,7 @@ class Args:
     completions: int = 1
     """Completions sampled for each prompt of a step."""
     reward: str = "toy"
-    """What is raised: toy, toy:flawed, or a sequence-classification model, folder or hub id."""
+    """What is raised: toy, toy:flawed, vader, or a sequence classifier, folder or hub id."""
     test_reward: str = ""
     """A second reward that only judges, named in the same way; empty: none."""
 

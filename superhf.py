@@ -371,7 +371,7 @@ class Args:
     top_p: float = 0.95
     """Tokens are sampled from the smallest set of likeliest ones that has this probability."""
     reward: str = "toy"
-    """What is raised: toy, toy:flawed, or a sequence-classification model, folder or hub id."""
+    """What is raised: toy, toy:flawed, vader, or a sequence classifier, folder or hub id."""
     test_reward: str = ""
     """A second reward that only judges, named in the same way; empty: none."""
 

@@ -1,5 +1,5 @@
-"""What scores answers while a policy samples: the toy's true reward, a flawed proxy of it, or a
-model.
+"""What scores answers while a policy samples: the toy's true reward, a flawed proxy of it, a
+lexicon of sentiment, or a model.
 
 A reward is a function (prompts, answers) -> [n], float32 on the CPU; prompts are strings or lists
 of chat messages, answers strings. Higher is better.
@@ -16,6 +16,7 @@ from common.files import read_json
 from common.generate import is_tiny
 from common.models import choose_pad_id, context_length, load_with, ready, refuse_missing, resolve_model
 from report import progress
+from rewards.sentiment import vader_reward
 from tokens.encode import encode_row, ids_of_text
 from toy import base, world
 
@@ -52,7 +53,8 @@ def load_reward(name: str, data: str, device, autocast, chat: bool = False, flag
 
     Args:
         name: "toy", the toy's true reward; "toy:flawed", a proxy of it that can be exploited
-            (`toy.world.flawed_reward`); else a folder or hub id of a
+            (`toy.world.flawed_reward`); "vader", the sentiment of the answer by a lexicon
+            (`rewards.sentiment`), of any text; else a folder or hub id of a
             sequence-classification model, a run of reward_model.py or dph.py among them. One label:
             its logit is the reward; two labels: the second's logit minus the first's.
         data: what `--data` names; only the toy's questions have a true reward.
@@ -76,6 +78,8 @@ def load_reward(name: str, data: str, device, autocast, chat: bool = False, flag
             )
 
         return toy_reward
+    if name == "vader":
+        return vader_reward(f"{flag} vader")
     return model_reward(name, device, autocast, chat, flag)
 
 
@@ -86,7 +90,7 @@ def model_reward(name: str, device, autocast, chat: bool, flag: str):
     knows (`chat` in its args.json); another model is taken to, where it has a template, if the
     policy's strings go through one."""
     if name.startswith("toy:"):
-        raise InputError(f"{flag} {name}: expected toy, toy:flawed, a folder, or a hub id.")
+        raise InputError(f"{flag} {name}: expected toy, toy:flawed, vader, a folder, or a hub id.")
     folder = resolve_model(name, flag=flag)
     model, tokenizer = load_judge(name, folder, flag)
     model.to(device).eval().requires_grad_(False)

@@ -72,7 +72,7 @@ LAYERS = [
     ["tokens", "tokens.encode", "choices", "choices.templates", "toy", "toy.world", "toy.frozen"],
     ["common.files", "report.table", "report.curves", "report.folders"],
     ["toy.base", "toy.documents", "tokens.store", "report.card", "adapters", "adapters.lora"],
-    ["common.models", "common.data", "report.trackers"],
+    ["common.models", "common.data", "report.trackers", "rewards.sentiment"],
     ["common.checkpoints", "report.facts", "rewards", "rewards.prompts", "rewards.metrics", "rewards.models"],
     ["judging", "judging.heads", "judging.local_tasks", "judging.perplexity", "judging.reward_lm", "judging.win_rate"],
     ["judging.answers", "judging.choices", "judging.reward_bench", "judging.tasks"],

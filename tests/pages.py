@@ -14,6 +14,7 @@ A block stands between `<!-- generated: KIND ARGUMENTS -->` and `<!-- /generated
     claims verdicts                   the claims of each verdict
     toy toy_pairs trained "dpo.py"    a table of toy runs: experiments/toy_pages.py
     frontier best                     what results/frontier.jsonl says: frontier_pages.py there
+    sentiment table MODEL             of results/sentiment_MODEL.jsonl: sentiment_pages.py there
 """
 
 import ast
@@ -39,6 +40,7 @@ MADE = {  # kind -> (module of experiments/ that makes its blocks, what lacks on
     "claims": ("claims", "experiments/claims.py", True),
     "frontier": ("frontier_pages", "experiments/frontier_pages.py", False),
     "pareto": ("pareto", "results/pareto_toy.jsonl", True),
+    "sentiment": ("sentiment_pages", "experiments/sentiment_pages.py", False),
     "toy": ("toy_pages", "results/{}.json", True),
 }
 

@@ -252,7 +252,7 @@ def test_committed_collections_have_the_documented_form(name):
 
 # What experiments and pages share: no programs.
 PARTS = {"__init__", "study", "tabular", "policies", "effects", "claim_table", "beds", "beds_pairs", "beds_toy"}
-PARTS |= {"beds_frontier", "chat_pages", "frontier_pages", "toy_pages", "sentiment_rows"}
+PARTS |= {"beds_frontier", "chat_pages", "frontier_pages", "toy_pages", "sentiment_rows", "sentiment_pages"}
 PRINT_ONLY = {"reading", "claims"}  # what a page says
 
 

@@ -275,7 +275,7 @@ def test_pairs_are_compared_on_what_was_good(results):
 
 
 def test_a_block_or_a_column_that_is_not_there_is_named(results):
-    with pytest.raises(pages.Unknown, match=r"frontier_pages\.py has no block 'worst'"):
+    with pytest.raises(pages.Unknown, match=r"frontier_pages\.py has no worst"):
         pages.block(ROOT, "frontier worst")
     study.write_lines(results, [{"method": "DPO", "value": 1, "seed": 0, "kl": 1.0}])
     with pytest.raises(InputError, match="a line has no 'true_reward'"):

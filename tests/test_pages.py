@@ -223,7 +223,10 @@ def test_of_two_functions_the_changed_lines_alone_are_shown(small):
         ('code one.py main "while"', "one.py has no line there that begins with 'while'"),
         ("toy toy_pairs facts", "results/toy_pairs.json has no toy_pairs.json"),
         ("pareto teacher", "results/pareto_toy.jsonl has no teacher"),
-        ("quote one.py", "'quote' is none of diff, code, reading, chat_model, claims, frontier, pareto, toy"),
+        (
+            "quote one.py",
+            "'quote' is none of diff, code, reading, chat_model, claims, frontier, pareto, sentiment, toy",
+        ),
     ],
 )
 def test_what_is_not_there_is_named(small, mark, words):
