@@ -16,41 +16,15 @@ interval; where nothing was measured it was not run.
 
 import math
 from dataclasses import dataclass, field, replace
-from functools import cache
-
-import torch
 
 from experiments import study
+from experiments.study import t_quantile
 
 HOLDS, FAILS, UNDECIDED, NOT_RUN = VERDICTS = ("holds", "fails", "undecided", "not run")
 FEWEST = 3  # seeds; with two the interval is 18 standard errors wide
 
 
 # -- intervals
-
-
-@cache
-def t_quantile(degrees: float, level: float = 0.95) -> float:
-    """The t with P(|T| <= t) = level of Student's T, for 1 degree of freedom or more, whole or not.
-
-    With T = sqrt(degrees) tan(angle) the density of the angle is proportional to
-    cos(angle)^(degrees - 1): Simpson's rule, and bisection over the angle.
-    """
-    log_constant = math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2) - 0.5 * math.log(math.pi)
-    weights = torch.tensor([2.0, 4.0], dtype=torch.float64).repeat(1000)
-    weights = torch.cat([weights, weights[:1] / 2])  # 1 4 2 4 ... 4 1 over 2,001 points
-    weights[0] = 1.0
-
-    def probability(angle: float) -> float:
-        angles = torch.linspace(0, angle, 2001, dtype=torch.float64)
-        integral = (weights * angles.cos() ** (degrees - 1)).sum().item() * angle / 6000
-        return 2 * math.exp(log_constant) * integral
-
-    low, high = 0.0, math.pi / 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if probability(middle) < level else (low, middle)
-    return math.sqrt(degrees) * math.tan(low)
 
 
 def paired_interval(differences: list[float]) -> tuple[float, float | None]:

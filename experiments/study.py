@@ -166,26 +166,27 @@ def mean_and_interval(values: list[float | None]) -> tuple[float | None, float |
 
 
 @cache
-def t_quantile(df: int) -> float:
-    """The .975 quantile of Student's t with a whole number of degrees of freedom, 1 or more, by
-    bisection of its distribution function (Abramowitz and Stegun, 26.7.3 and 26.7.4).
+def t_quantile(degrees: float, level: float = 0.95) -> float:
+    """The t with P(|T| <= t) = level of Student's T, for 1 degree of freedom or more, whole or not.
+
+    With T = sqrt(degrees) tan(angle) the density of the angle is proportional to
+    cos(angle)^(degrees - 1): Simpson's rule, and bisection over the angle.
     """
-    low, high = 0.0, 13.0  # 12.7 at one degree of freedom
+    log_constant = math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2) - 0.5 * math.log(math.pi)
+    weights = torch.tensor([2.0, 4.0], dtype=torch.float64).repeat(1000)
+    weights = torch.cat([weights, weights[:1] / 2])  # 1 4 2 4 ... 4 1 over 2,001 points
+    weights[0] = 1.0
+
+    def probability(angle: float) -> float:
+        angles = torch.linspace(0, angle, 2001, dtype=torch.float64)
+        integral = (weights * angles.cos() ** (degrees - 1)).sum().item() * angle / 6000
+        return 2 * math.exp(log_constant) * integral
+
+    low, high = 0.0, math.pi / 2
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if central_share(middle, df) < 0.95 else (low, middle)
-    return (low + high) / 2
-
-
-def central_share(t: float, df: int) -> float:
-    """P(-t < T < t) for Student's t with `df` degrees of freedom."""
-    angle = math.atan(t / math.sqrt(df))
-    term, total = math.cos(angle) if df % 2 else 1.0, 0.0
-    for k in range(df % 2 + 1, df, 2):  # cos^(k - 1) with its coefficient, so many as df asks for
-        total += term
-        term *= math.cos(angle) ** 2 * k / (k + 1)
-    series = math.sin(angle) * total
-    return series if df % 2 == 0 else 2 / math.pi * (angle + series)
+        low, high = (middle, high) if probability(middle) < level else (low, middle)
+    return math.sqrt(degrees) * math.tan(low)
 
 
 def interval_cell(values: list[float | None], digits: int = 2) -> str:

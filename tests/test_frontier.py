@@ -26,7 +26,6 @@ def test_quantiles_of_students_t_in_closed_form():
     sine = study.t_quantile(4) / math.sqrt(4 + study.t_quantile(4) ** 2)
     assert sine * (1 + (1 - sine**2) / 2) == pytest.approx(0.95, abs=1e-12)
     assert [round(study.t_quantile(df), 3) for df in (3, 4, 9, 30)] == [3.182, 2.776, 2.262, 2.042]  # of any table
-    assert study.central_share(1.0, 1) == pytest.approx(0.5)
 
 
 def test_an_interval_is_of_the_mean_over_seeds():
