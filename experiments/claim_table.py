@@ -213,8 +213,8 @@ CLAIMS = {
         beds_toy.ulma_beats_both,
         {
             UNDECIDED: (
-                "Three seeds cannot tell the three apart in what they gain for their KL. In true reward ULMA is "
-                "behind point-wise DPO: a fifth of the positives that it imitates is rude. Right and polite "
+                "The three gain alike for their KL. In true reward ULMA is behind point-wise DPO in every seed: it "
+                "stays near the base model, and a part of the positives that it imitates is rude. Right and polite "
                 "demonstrations would be its fair bed."
             )
         },
@@ -236,8 +236,9 @@ CLAIMS = {
         {
             UNDECIDED: (
                 "With a learned beta log Z continuous labels are ahead by less than the interval, with beta log Z "
-                "at zero they are behind, and ULMA was not run. That they rank held-out answers better does not "
-                "count: those labels have no noise, the binary ones have."
+                "at zero they are behind. ULMA's gain is no evidence: without a label of exactly one it has no "
+                "demonstrations and becomes point-wise DPO. That continuous labels rank held-out answers better does "
+                "not count: those have no noise, the binary ones have."
             )
         },
     ),
@@ -308,9 +309,9 @@ CLAIMS = {
         beds_toy.conditional_is_optimal,
         {
             UNDECIDED: (
-                "As run it fails: RWR and AWR are as seldom rude for far less KL. But conditional training ran at one "
-                "d, and its samples are from when both control tokens were banned. The command sweeps all three "
-                "alike; a polite teacher would be fairer."
+                "Swept alike, the three are tied: among settings with a tenth of MLE's misalignment none pays less for "
+                "sure. At the paper's d conditional training pays more than at the larger ones. A polite teacher would "
+                "be fairer."
             )
         },
     ),
@@ -322,8 +323,8 @@ CLAIMS = {
         beds_toy.ten_times_fewer,
         {
             UNDECIDED: (
-                "Unprompted samples are far more than ten times less often bad, though here they are first sentences: "
-                "both control tokens were banned. The red team, the other half of the claim, was never run."
+                "Unprompted samples are far more than ten times less often bad. The red team, the other half of the "
+                "claim, was never run."
             )
         },
     ),
@@ -335,9 +336,9 @@ CLAIMS = {
         beds_toy.capability_kept,
         {
             UNDECIDED: (
-                "Perplexity on good segments is higher in every seed, in part where sentences end and a control token "
-                "was expected; a larger d leaves room there and has no lines yet. Perplexity apart from sentence ends, "
-                "or tasks downstream, would decide it."
+                "At the paper's d perplexity on good segments is higher, in part where sentences end and a control token "
+                "was expected; at the largest d it is not. Perplexity apart from sentence ends, or tasks downstream, "
+                "would decide it."
             )
         },
     ),
@@ -349,8 +350,8 @@ CLAIMS = {
         beds_toy.better_from_the_start,
         {
             UNDECIDED: (
-                "One seed of three says so and makes all of the difference; only half of the budget was tried as "
-                "the start of feedback."
+                "One seed says so and makes all of the difference; only half of the budget was tried as the start of "
+                "feedback."
             )
         },
     ),
