@@ -336,9 +336,9 @@ CLAIMS = {
         beds_toy.capability_kept,
         {
             UNDECIDED: (
-                "At the paper's d perplexity on good segments is higher, in part where sentences end and a control token "
-                "was expected; at the largest d it is not. Perplexity apart from sentence ends, or tasks downstream, "
-                "would decide it."
+                "At the paper's d perplexity on good segments is higher, in part where sentences end and a control "
+                "token was expected; at the largest d it is not. Perplexity apart from sentence ends, or tasks "
+                "downstream, would decide it."
             )
         },
     ),
