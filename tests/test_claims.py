@@ -411,11 +411,15 @@ def toy_file(folder: Path, name: str, **rewards: list[float]) -> None:
 
 
 def test_toy_runs_are_paired_where_their_values_are_kept(tmp_path):
-    folder = copied_results(tmp_path)
-    assert "unpaired" in CLAIMS[11].finding(folder).effects[0].over
     values = {"ulma": [0.9, 0.8, 0.7], "pointwise_dpo": [0.6, 0.5, 0.41], "sft": [0.5, 0.41, 0.3]}
-    toy_file(folder, "toy_claim11.json", **values)
-    finding = CLAIMS[11].finding(folder)
+    toy_file(tmp_path, "toy_labelled.json", **values)
+    old = json.loads((tmp_path / "toy_labelled.json").read_text())
+    for entry in old:  # as files were before
+        entry["after"] = {metric: cell[:2] for metric, cell in entry["after"].items()}
+    (tmp_path / "toy_labelled.json").write_text(json.dumps(old))
+    assert "unpaired" in CLAIMS[11].finding(tmp_path).effects[0].over
+    toy_file(tmp_path, "toy_claim11.json", **values)
+    finding = CLAIMS[11].finding(tmp_path)
     assert finding.verdict == HOLDS
     assert finding.effects[0].values == pytest.approx({"seed 0": 0.3, "seed 1": 0.3, "seed 2": 0.29})
     assert "toy_claim11.json" in finding.source
