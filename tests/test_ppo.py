@@ -215,18 +215,20 @@ def test_advantages_of_a_run_by_a_second_road(tmp_path, llama, file11, monkeypat
         return load_model(str(other) if len(loaded) == 2 else folder, *rest)
 
     monkeypatch.setattr(model_loading, "load_model", load)
-    seen, scored, _ = batches_of(
+    seen, scored, folder = batches_of(
         tmp_path, llama, file11, monkeypatch, micro_batch_size=5, kl=0.3, gamma=0.9, gae_lambda=0.8, ppo_epochs=1
     )
     monkeypatch.setattr(model_loading, "load_model", load_model)
     tokenizer, policy, reference = model_loading.load_tokenizer(llama), model_of(llama), model_of(other)
-    token_rewards = {}
+    token_rewards, logratios = {}, []
     for p, c in scored:
         answer = generate.text_after(tokenizer, p, c)
         sums = [oracle.plain_token_logps(m, [(p, c)], 0)[0][0, len(p) - 1 :].double() for m in (policy, reference)]
         r = -0.3 * (sums[0] - sums[1])
+        logratios.append((sums[0] - sums[1]).sum().item())
         r[-1] += 0.1 * len(answer) - 1.0
         token_rewards[json.dumps([p, c])] = r
+    assert lines_of(folder)[0]["logratio"] == pytest.approx(sum(logratios) / len(logratios), abs=1e-4)
     every = torch.cat([token_rewards[json.dumps([p, c])] for p, c in scored])
     deviation = ((every - every.mean()) ** 2).mean().sqrt()
     advantages = {}

@@ -180,6 +180,13 @@ SAMPLED = [
         SECOND_ROAD,
     ),
     Mutant(
+        "ppo: a mean over tokens for the log-ratio of a completion",
+        ("ppo.py",),
+        'pad_rows(logratios, batch["lengths"]).sum(1)',
+        'pad_rows(logratios, batch["lengths"]).mean(1)',
+        SECOND_ROAD,
+    ),
+    Mutant(
         "ppo: a line longer than the limit",
         ("ppo.py",),
         "room = max_length - len(completion.prompt_ids)",
